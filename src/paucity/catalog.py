@@ -1,0 +1,101 @@
+"""The one table of methods: an explicit dict, one sorted line each. Importing it imports no method.
+
+It feeds the command line's choices, the error texts, the docs and the tests that run over every method.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import InputError, check_choice
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Args:
+        target: ``module:attribute`` inside ``package``, what a Python user calls.
+        family: the subpackage of the method, whose ``apply`` module installs it.
+        paper: arXiv number.
+        title: title of the paper.
+        ops: names of the shared operators and kernels that it stands on.
+        claims: names of the reproduced claims.
+        package: the package that holds all this; a plug-in names its own.
+    """
+
+    target: str
+    family: str
+    paper: str
+    title: str
+    ops: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
+    package: str = "paucity"
+
+    def load(self) -> Any:
+        """The object at `target`, imported now."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+
+    def installer(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """``(options_for, apply_step)`` of the family's ``apply`` module, imported now."""
+        module = importlib.import_module(f"{self.package}.{self.family}.apply")
+        return module.options_for, module.apply_step
+
+
+# fmt: off
+METHODS: dict[str, Method] = {
+    "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
+    "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
+    "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
+    "teal": Method("activations.teal:teal_mask", family="activations", paper="2408.14690", title="Training-Free Activation Sparsity in Large Language Models", ops=("threshold_mask", "greedy"), claims=("wina-beats-teal",)),
+    "vertical_slash": Method("attention.vertical_slash:VerticalSlash", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("topk_indices", "sparse_attention")),
+    "wanda": Method("weights.wanda:wanda_mask", family="weights", paper="2306.11695", title="A Simple and Effective Pruning Approach for Large Language Models", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
+    "wina": Method("activations.wina:wina_mask", family="activations", paper="2505.19427", title="WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference", ops=("topk_mask", "greedy"), claims=("wina-beats-teal",)),
+}
+# fmt: on
+
+
+def get(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        InputError: if there is none; the message lists the choices and the nearest.
+    """
+    check_choice("catalog", "method", name, METHODS)
+    return METHODS[name]
+
+
+def families() -> tuple[str, ...]:
+    """The families that have at least one method, sorted."""
+    return tuple(sorted({method.family for method in METHODS.values()}))
+
+
+def register(name: str, method: Method) -> None:
+    """Add a method from outside the package.
+
+    Raises:
+        InputError: if the name is taken.
+    """
+    if name in METHODS:
+        raise InputError(f"register: name must be new, got {name}.")
+    METHODS[name] = method
+
+
+def as_rows(family: str | None = None) -> list[dict[str, Any]]:
+    """The table as plain dicts ``{name, family, paper, title, operators, claims}``, of one family or of all."""
+    if family is not None:
+        check_choice("catalog", "family", family, families())
+    return [
+        {
+            "name": name,
+            "family": method.family,
+            "paper": method.paper,
+            "title": method.title,
+            "operators": list(method.ops),
+            "claims": list(method.claims),
+        }
+        for name, method in sorted(METHODS.items())
+        if family in (None, method.family)
+    ]

@@ -1,0 +1,101 @@
+"""Text and data sets for calibration, training and measurement.
+
+Python source is on every machine that runs this library, so it is the default text. Larger sets are read from the
+folder that the environment variable ``PAUCITY_DATA`` names; each loader knows the set's public address and says so
+when the folder or the file is absent.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+HELD_OUT_MODULES = (
+    "argparse",
+    "calendar",
+    "configparser",
+    "difflib",
+    "fractions",
+    "heapq",
+    "queue",
+    "sched",
+    "shlex",
+    "statistics",
+    "tarfile",
+    "textwrap",
+    "tokenize",
+)
+"""Standard-library modules that the embedded model has never seen; the default text to measure on."""
+
+_SKIPPED_PARTS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__", "idle_test"}
+
+
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _is_held_out(path: Path) -> bool:
+    return any(name in path.stem.removeprefix("test_") for name in HELD_OUT_MODULES)
+
+
+def held_out_python() -> str:
+    """The running Python's source of `HELD_OUT_MODULES`, in that order, each file ending with a newline."""
+    files = [_stdlib_root() / f"{name}.py" for name in HELD_OUT_MODULES]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+
+def python_documents(*, include_tests: bool = True) -> list[str]:
+    """The running Python's standard library without the held-out modules, one string a file, sorted by path.
+
+    Tables of character encodings and generated topics are left out, as are files over 400 kB and repeated files.
+    """
+    documents, seen = [], set()
+    for file in sorted(_stdlib_root().rglob("*.py")):
+        parts = set(file.relative_to(_stdlib_root()).parts)
+        if parts & _SKIPPED_PARTS or _is_held_out(file) or file.stat().st_size > 400_000:
+            continue
+        if not include_tests and parts & {"test", "tests"}:
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # test fixtures in other encodings
+            continue
+        digest = hashlib.sha256(text.encode()).digest()
+        if len(text) > 200 and digest not in seen:
+            seen.add(digest)
+            documents.append(text)
+    return documents
+
+
+def data_file(name: str, *, address: str) -> Path:
+    """Path of ``name`` under ``PAUCITY_DATA``.
+
+    Args:
+        name: path relative to the data folder.
+        address: the public address of the set, named when it is absent.
+
+    Raises:
+        FileNotFoundError: if ``PAUCITY_DATA`` is not set or holds no such file.
+    """
+    root = os.environ.get("PAUCITY_DATA")
+    path = Path(root or "") / name
+    if not root or not path.exists():
+        where = f"{root} holds no {name}" if root else "PAUCITY_DATA is not set"
+        raise FileNotFoundError(f"data_file: {where}; the set is public at {address}.")
+    return path
+
+
+def gutenberg_books() -> list[str]:
+    """Ten long public-domain books (16.4 M characters), sorted by file name. Needs ``PAUCITY_DATA/gutenberg``."""
+    folder = data_file("gutenberg", address="https://www.gutenberg.org")
+    return [gzip.decompress(file.read_bytes()).decode("utf-8") for file in sorted(folder.glob("*.txt.gz"))]
+
+
+def tiny_stories() -> list[str]:
+    """1,000 TinyStories stories. Needs ``PAUCITY_DATA/tinystories_sample``."""
+    name = "tinystories_sample/tinystories_1000.json"
+    path = data_file(name, address="https://huggingface.co/datasets/roneneldan/TinyStories")
+    stories: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return stories

@@ -1,0 +1,152 @@
+"""Recipe: what to make sparse, how, and what to measure; a validated model, from YAML or built in Python."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
+
+from . import catalog
+from .checks import InputError, did_you_mean
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Step(_Strict):
+    """One method with its options. In YAML the options stand beside ``method``."""
+
+    method: str
+    options: SerializeAsAny[BaseModel]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "method" not in data or isinstance(data.get("options"), BaseModel):
+            return data
+        method = str(data["method"])
+        options_for, _ = catalog.get(method).installer()
+        given = {key: value for key, value in data.items() if key != "method"}
+        return {"method": method, "options": options_for(method).model_validate(given)}
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"method": self.method, **self.options.model_dump(mode="json", exclude_defaults=True)}
+
+
+class Calibration(_Strict):
+    """What the methods that need activations look at: ``num_samples`` windows of ``length`` tokens."""
+
+    text: str = "python"
+    num_samples: Count = 32
+    length: Annotated[int, Field(ge=2)] = 1024
+
+
+class Retrieval(_Strict):
+    """Retrieval-from-context prompts: every task at every length (tokens)."""
+
+    tasks: tuple[Literal["passkey", "key_value", "multi_value", "variable_tracking"], ...] = ("passkey", "key_value")
+    lengths: tuple[Count, ...] = (1024, 4096)
+    num_prompts: Count = 20
+
+
+class Measure(_Strict):
+    """What is measured on the dense and on the sparse model. Lengths are in tokens, ``stride`` too."""
+
+    text: str = "held_out_python"
+    length: Annotated[int, Field(ge=2)] = 4096
+    stride: Count = 2048
+    max_tokens: Count = 65536
+    retrieval: Retrieval = Retrieval()
+    prefill_tokens: Annotated[int, Field(ge=2)] = 4096
+    decode_tokens: Count = 32
+    repeats: Count = 5
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> "Measure":
+        if self.stride > self.length:
+            raise ValueError(f"stride must be at most length ({self.length})")
+        return self
+
+
+class Recipe(_Strict):
+    """The whole job. ``text`` fields name a built-in text (``python``, ``held_out_python``) or a UTF-8 file."""
+
+    title: str = "Dense against sparse"
+    model: str = "embedded"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    calibration: Calibration = Calibration()
+    measure: Measure = Measure()
+    steps: Annotated[tuple[Step, ...], Field(min_length=1)]
+
+    @classmethod
+    def build(cls, **fields: Any) -> "Recipe":
+        """A recipe from Python values; steps may be dicts as in YAML.
+
+        Raises:
+            InputError: on the first field that is wrong or unknown.
+        """
+        return cls._validated(fields, "recipe")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """A recipe from a YAML file.
+
+        Raises:
+            InputError: if the file is absent, is no YAML mapping, or a field is wrong or unknown.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"recipe: path must be a YAML file, got {path}, which does not exist.")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"recipe: {path} must be valid YAML, got: {reason}.") from None
+        if not isinstance(data, dict):
+            raise InputError(f"recipe: {path} must hold a mapping of keys to values, got {type(data).__name__}.")
+        return cls._validated(data, str(path))
+
+    @classmethod
+    def _validated(cls, data: dict[str, Any], where: str) -> "Recipe":
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(_one_line(error, where, data)) from None
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out, as YAML that `load` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _one_line(error: ValidationError, where: str, data: Any) -> str:
+    """The first thing that is wrong, as one line; an unknown key is answered with the nearest right one."""
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if part != "options"]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1], data)
+        near = did_you_mean(str(path[-1]), known)
+        return f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}.{more}"
+    if first["type"] == "missing":
+        return f"{where}: {name} must be given.{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ").rstrip(".")
+    message = message if message.startswith(("must", "be ")) or " must " in message else f"be: {message}"
+    message = f"must {message}" if message.startswith("be ") else message
+    return f"{where}: {name} {message}, got {first['input']!r}.{more}" if name else f"{where}: {message}.{more}"
+
+
+def _known_keys(path: list[int | str], data: Any) -> list[str]:
+    """The keys that a recipe knows at ``path``."""
+    if path[:1] == ["steps"]:
+        options_for, _ = catalog.get(str(data["steps"][path[1]]["method"])).installer()
+        return ["method", *options_for(str(data["steps"][path[1]]["method"])).model_fields]
+    model: Any = Recipe
+    for part in path:
+        model = model.model_fields[str(part)].annotation
+    return list(model.model_fields)
