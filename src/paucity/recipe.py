@@ -118,6 +118,17 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise InputError(_one_line(error, where, data)) from None
 
+    def using(
+        self, *, model: str | None = None, text: str | None = None, calibration_text: str | None = None
+    ) -> "Recipe":
+        """The same recipe on another model or other texts; None keeps what the recipe says."""
+        changes: dict[str, Any] = {"model": model} if model else {}
+        if text:
+            changes["measure"] = self.measure.model_copy(update={"text": text})
+        if calibration_text:
+            changes["calibration"] = self.calibration.model_copy(update={"text": calibration_text})
+        return self.model_copy(update=changes)
+
     def to_yaml(self) -> str:
         """The recipe with every default written out, as YAML that `load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -135,10 +146,12 @@ def _one_line(error: ValidationError, where: str, data: Any) -> str:
         return f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}.{more}"
     if first["type"] == "missing":
         return f"{where}: {name} must be given.{more}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ").rstrip(".")
-    message = message if message.startswith(("must", "be ")) or " must " in message else f"be: {message}"
-    message = f"must {message}" if message.startswith("be ") else message
-    return f"{where}: {name} {message}, got {first['input']!r}.{more}" if name else f"{where}: {message}.{more}"
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if " must " in message:  # a check of this package: its own words, without the place that is named already
+        return f"{where}: {'.'.join(part for part in (name, message.removeprefix('options: ')) if part)}.{more}"
+    _, found, constraint = message.partition(" should ")
+    constraint = constraint if found else f"be valid ({message})"
+    return f"{where}: {name} must {constraint}, got {first['input']!r}.{more}"
 
 
 def _known_keys(path: list[int | str], data: Any) -> list[str]:

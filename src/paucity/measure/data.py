@@ -12,6 +12,8 @@ import os
 import sysconfig
 from pathlib import Path
 
+from ..checks import check_choice, fail
+
 HELD_OUT_MODULES = (
     "argparse",
     "calendar",
@@ -54,7 +56,9 @@ def python_documents(*, include_tests: bool = True) -> list[str]:
     documents, seen = [], set()
     for file in sorted(_stdlib_root().rglob("*.py")):
         parts = set(file.relative_to(_stdlib_root()).parts)
-        if parts & _SKIPPED_PARTS or _is_held_out(file) or file.stat().st_size > 400_000:
+        if parts & _SKIPPED_PARTS or _is_held_out(file):
+            continue
+        if not file.is_file() or file.stat().st_size > 400_000:  # some distributions leave dangling links
             continue
         if not include_tests and parts & {"test", "tests"}:
             continue
@@ -99,3 +103,40 @@ def tiny_stories() -> list[str]:
     path = data_file(name, address="https://huggingface.co/datasets/roneneldan/TinyStories")
     stories: list[str] = json.loads(path.read_text(encoding="utf-8"))
     return stories
+
+
+def wiki_text(split: str = "valid") -> str:
+    """WikiText-2 at word level, ``<unk>`` for rare words. Needs ``PAUCITY_DATA/wikitext2``.
+
+    Args:
+        split: "valid" (218 k words) or "test" (246 k words).
+    """
+    check_choice("wiki_text", "split", split, ("valid", "test"))
+    path = data_file(f"wikitext2/{split}.txt", address="https://huggingface.co/datasets/Salesforce/wikitext")
+    return path.read_text(encoding="utf-8")
+
+
+def read_text(name: str, *, role: str) -> str:
+    """A built-in text (``python``, ``held_out_python``) or a UTF-8 file.
+
+    Args:
+        name: of the text.
+        role: what it is for, named in errors.
+
+    Raises:
+        InputError: if there is no such file, or it is empty or no UTF-8.
+    """
+    if name == "python":
+        return "\n".join(python_documents(include_tests=False))
+    if name == "held_out_python":
+        return held_out_python()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise fail("read_text", f"{role} text", "be python, held_out_python or a file that exists", name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise fail("read_text", f"{role} text", "be UTF-8", name) from None
+    if not text.strip():
+        raise fail("read_text", f"{role} text", "hold more than white space", f"{len(text)} characters in {name}")
+    return text

@@ -7,22 +7,25 @@ that of Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300. The haystac
 import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-_ADJECTIVES = (
-    "amber ancient bitter bold brave bright broken calm clever cold crisp curious dark deep distant dry dusty early "
-    "empty faint fair fierce final gentle golden grand green grey heavy hidden hollow humble idle iron jolly keen late "
-    "little lonely long loud mellow narrow noble old pale patient plain proud quick quiet rapid rare red rough round "
-    "royal rusty sharp silent silver simple slow small smooth soft solid steady stern still strange strong sudden sweet "
-    "tall tender thick thin tiny vast warm white wide wild wise young"
-).split()
-_NOUNS = (
-    "anchor apple arrow badger basket beacon bell bird boat bottle bridge candle canyon castle cloud coast copper corner "
-    "cousin cradle desert dragon eagle engine falcon farmer feather field finger flame forest fountain garden gate "
-    "glacier hammer harbor hawk helmet horse hunter island jacket journey kettle key king kitchen ladder lantern leaf "
-    "lemon letter lion lizard market meadow mirror moon mountain needle ocean orchard otter paper pepper pilot planet "
-    "pocket prince queen rabbit raven river road rocket sailor saddle shadow shepherd ship spider spoon stone storm "
-    "summer table temple thunder tiger tower valley village violin wagon water whale window winter wolf"
-).split()
+_words = str.split
+_ADJECTIVES = _words(
+    "amber ancient bitter bold brave bright broken calm clever cold crisp curious dark deep distant dry dusty "
+    "early empty faint fair fierce final gentle golden grand green grey heavy hidden hollow humble idle iron "
+    "jolly keen late little lonely long loud mellow narrow noble old pale patient plain proud quick quiet rapid "
+    "rare red rough round royal rusty sharp silent silver simple slow small smooth soft solid steady stern still "
+    "strange strong sudden sweet tall tender thick thin tiny vast warm white wide wild wise young"
+)
+_NOUNS = _words(
+    "anchor apple arrow badger basket beacon bell bird boat bottle bridge candle canyon castle cloud coast copper "
+    "corner cousin cradle desert dragon eagle engine falcon farmer feather field finger flame forest fountain "
+    "garden gate glacier hammer harbor hawk helmet horse hunter island jacket journey kettle key king kitchen "
+    "ladder lantern leaf lemon letter lion lizard market meadow mirror moon mountain needle ocean orchard otter "
+    "paper pepper pilot planet pocket prince queen rabbit raven river road rocket sailor saddle shadow shepherd "
+    "ship spider spoon stone storm summer table temple thunder tiger tower valley village violin wagon water "
+    "whale window winter wolf"
+)
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,18 @@ def multi_value(rng: random.Random, *, num_values: int = 3, num_keys: int = 4) -
 
 
 def variable_tracking(rng: random.Random, *, num_hops: int = 2, num_chains: int = 2) -> Fact:
-    """RULER's variable tracking: chains ``VAR b = VAR a``; the variables that hold the first chain's number are asked for."""
+    """RULER's variable tracking: chains ``VAR b = VAR a``; which variables hold the first chain's number is asked."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = ["".join(rng.choices(letters, k=5)) for _ in range(num_chains * (num_hops + 1))]
+    names: list[str] = []
+    while len(names) < num_chains * (num_hops + 1):
+        name = "".join(rng.choices(letters, k=5))
+        if name not in names:
+            names.append(name)
     numbers = _numbers(rng, num_chains)
     chains = []
     for c in range(num_chains):
         chain = names[c * (num_hops + 1) : (c + 1) * (num_hops + 1)]
-        links = [f"VAR {b} = VAR {a}\n" for a, b in zip(chain, chain[1:], strict=False)]
+        links = [f"VAR {b} = VAR {a}\n" for a, b in pairwise(chain)]
         chains.append((f"VAR {chain[0]} = {numbers[c]}\n", *links))
     others = tuple(line for chain in chains[1:] for line in chain)
     question = f"Which {num_hops + 1} variables hold {numbers[0]}? The variables are"
@@ -99,11 +106,12 @@ TASKS: dict[str, Callable[[random.Random], Fact]] = {
 def scatter(
     filler: Sequence[int], lines: Sequence[Sequence[int]], rng: random.Random, *, line_ends: Container[int] = ()
 ) -> list[int]:
-    """Token ids of ``filler`` with ``lines`` inserted at random depths, in their order, at line ends where there are any.
+    """Token ids of ``filler`` with ``lines`` inserted at random depths, in their order, at line ends if there are any.
 
     Args:
         filler: token ids of the haystack.
         lines: token ids of each needle.
+        rng: of the depths.
         line_ends: ids of the tokens that end a line; where there are too few of them, a line goes anywhere.
     """
     ends = [0, *(i + 1 for i, token in enumerate(filler) if token in line_ends)]

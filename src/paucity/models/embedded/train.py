@@ -1,25 +1,28 @@
-"""Training of the embedded model, from nothing to the shipped files: ``python -m paucity.models.embedded.train OUT``.
+"""Training of the embedded model, from nothing: ``python -m paucity.models.embedded.train OUT``.
 
 Llama architecture, byte-level BPE with single digits, Muon for the matrices of the layers (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon) and AdamW for the rest, a constant rate and then a linear decay, sequence
-lengths growing by stage. It resumes from ``OUT/checkpoint.pt`` after a kill.
+https://kellerjordan.github.io/posts/muon) and AdamW for the rest, a constant rate and then a linear fall, sequence
+lengths that grow by stage. It continues from its last checkpoint after a kill. Needs `PAUCITY_DATA` for the prose.
 """
 
 import json
-import math
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...measure.data import gutenberg_books, held_out_python, python_documents
-from ...measure.prompts import TASKS, interleave, scatter
+from ...measure.data import gutenberg_books, python_documents
 from .corpus import END, Corpus, encode_stream, sequence
+from .ship import ship
 
 
 @dataclass(frozen=True)
@@ -125,41 +128,6 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
     return loss
 
 
-@torch.inference_mode()
-def probe(model: LlamaForCausalLM, corpus: Corpus, length: int, *, count: int = 20, seed: int = 1) -> dict[str, float]:
-    """Share of exact answers by task at ``length`` tokens, teacher-forced (equal to greedy decoding for exact answers)."""
-    rng = random.Random(seed)
-    right = dict.fromkeys(TASKS, 0)
-    for task, make in TASKS.items():
-        for _ in range(count):
-            fact = make(rng)
-            encode = lambda text: corpus.tokenizer.encode(text).ids  # noqa: E731
-            lines = [encode(line) for line in interleave(fact, rng)]
-            tail, answer = encode("\n" + fact.question), encode(" " + ", ".join(fact.answers))
-            room = length - 1 - len(tail) - len(answer) - sum(map(len, lines))
-            body = scatter(corpus.window("code", room, rng), lines, rng, line_ends=corpus.line_ends)
-            ids = torch.tensor([[0, *body, *tail, *answer]])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
-            right[task] += int((logits[0, :-1].argmax(-1) == ids[0, -len(answer) :]).all())
-    return {task: hits / count for task, hits in right.items()}
-
-
-@torch.inference_mode()
-def bits_per_byte(model: LlamaForCausalLM, corpus: Corpus, text: str, *, length: int = 1024) -> float:
-    """Bits per UTF-8 byte of ``text`` in windows of ``length`` tokens, half of them context."""
-    ids = torch.tensor([0, *corpus.tokenizer.encode(text).ids])
-    nats, half = 0.0, length // 2
-    for start in range(0, len(ids) - 1, half):
-        first = max(0, start + half - length)
-        window = ids[first : start + half + 1]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=window[None, :-1], use_cache=False).logits[0].float()
-        new = len(window) - 1 - (start - first)
-        nats += float(torch.nn.functional.cross_entropy(logits[-new:], window[-new:], reduction="sum"))
-    return nats / math.log(2) / len(text.encode())
-
-
 def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -171,12 +139,12 @@ def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimize
 def train(
     out: Path, *, stages: tuple[Stage, ...] = STAGES, rate: float = 3e-3, decay_share: float = 0.35, seed: int = 0
 ) -> LlamaForCausalLM:
-    """Train for the minutes that ``stages`` give, with a checkpoint every five minutes, and save to ``out``.
+    """Train for the minutes that ``stages`` give, with a checkpoint every five, and ship the result to ``out/weights``.
 
     Args:
-        out: folder of the tokenizer, the log (``log.jsonl``), the checkpoint and the model.
+        out: folder of the tokenizer, the log (``log.jsonl``), the checkpoint and the shipped model.
         stages: sequence lengths, batches, minutes and shares of recall tasks, in order.
-        rate: learning rate of both optimizers.
+        rate: learning rate of both optimizers, reached over the first 100 steps.
         decay_share: last share of the time over which the rate falls linearly to 0.
         seed: of the initial weights and of the data.
     """
@@ -185,57 +153,67 @@ def train(
     corpus = build_corpus(out, seed=seed)
     model = LlamaForCausalLM(architecture(corpus.tokenizer.get_vocab_size()))
     opts = optimizers(model, rate)
-    spent, step, tokens = 0.0, 0, 0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for opt, saved in zip(opts, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        spent, step, tokens = state["spent"], state["step"], state["tokens"]
+    done = restore(out, model, opts)
     total = sum(stage.minutes for stage in stages) * 60
-    rng = random.Random(seed * 1_000_003 + step)
-    log = (out / "log.jsonl").open("a")
-    started, last_saved, last_probed, running = time.monotonic() - spent, time.monotonic(), time.monotonic(), 0.0
-    while (spent := time.monotonic() - started) < total:
-        stage = _stage_at(stages, spent / 60)
-        batch = [sequence(corpus, stage.length, rng, recall_share=stage.recall_share) for _ in range(stage.batch)]
-        ids = torch.tensor([b[0] for b in batch])
-        loss = weighted_loss(model, ids, torch.tensor([b[1] for b in batch]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = min(1.0, (step + 1) / 100, (1 - spent / total) / decay_share)
-        for opt in opts:
-            opt.param_groups[0]["lr"] = rate * scale
-            opt.step()
-            opt.zero_grad()
-        step, tokens = step + 1, tokens + ids.numel()
-        running = 0.98 * running + 0.02 * float(loss.detach())
-        now = time.monotonic()
-        if step % 50 == 0:
-            entry = {"step": step, "tokens": tokens, "minutes": spent / 60, "length": stage.length}
-            entry |= {"loss": running / (1 - 0.98 ** min(step, 500)), "scale": scale}
-            print(json.dumps(entry), file=log, flush=True)
-        if now - last_probed > 420:
-            last_probed = now
-            print(json.dumps({"step": step, **probe(model, corpus, stage.length, count=12)}), file=log, flush=True)
-        if now - last_saved > 300:
-            last_saved = now
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
-            torch.save(state | {"spent": spent, "step": step, "tokens": tokens}, out / "checkpoint.tmp")
-            (out / "checkpoint.tmp").rename(checkpoint)
-    model.to(torch.bfloat16).save_pretrained(out / "model")
-    card = {
-        "stages": [asdict(stage) for stage in stages],
-        "steps": step,
-        "tokens": tokens,
-        "seed": seed,
-        "minutes": total / 60,
-        "held_out_bits_per_byte": bits_per_byte(model, corpus, held_out_python()),
-        "retrieval": {length: probe(model, corpus, length, count=100) for length in (1024, 2048, 4096)},
-    }
-    (out / "card.json").write_text(json.dumps(card, indent=2))
+    rng = random.Random(seed * 1_000_003 + done["step"])
+    started, last_saved = time.monotonic() - done["seconds"], time.monotonic()
+    losses: list[float] = []
+    with (out / "log.jsonl").open("a") as log:
+        while (seconds := time.monotonic() - started) < total:
+            stage = _stage_at(stages, seconds / 60)
+            batch = [sequence(corpus, stage.length, rng, recall_share=stage.recall_share) for _ in range(stage.batch)]
+            ids = torch.tensor([ids for ids, _ in batch])
+            loss = weighted_loss(model, ids, torch.tensor([weights for _, weights in batch]))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scale = min(1.0, (done["step"] + 1) / 100, (1 - seconds / total) / decay_share)
+            for opt in opts:
+                opt.param_groups[0]["lr"] = rate * scale
+                opt.step()
+                opt.zero_grad()
+            losses.append(float(loss.detach()))
+            done = {"step": done["step"] + 1, "tokens": done["tokens"] + ids.numel(), "seconds": seconds}
+            if done["step"] % 50 == 0:
+                entry = done | {"length": stage.length, "loss": sum(losses) / len(losses), "scale": scale}
+                print(json.dumps(entry), file=log, flush=True)
+                losses.clear()
+            if time.monotonic() - last_saved > 300:
+                last_saved = time.monotonic()
+                checkpoint(out, model, opts, done)
+    record = done | {"stages": [asdict(stage) for stage in stages], "rate": rate, "seed": seed}
+    ship(model, corpus.tokenizer, out / "weights", record)
     return model
+
+
+def checkpoint(out: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer], done: dict[str, float]) -> None:
+    """Write the model, the optimizers' tensors and how far the training is, complete or not at all."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for number, opt in enumerate(opts):
+        for index, state in opt.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
+    temporary = out / "checkpoint.tmp"
+    save_file(tensors, temporary, metadata={key: str(value) for key, value in done.items()})
+    temporary.replace(out / "checkpoint.safetensors")
+
+
+def restore(out: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Load the checkpoint in ``out`` into model and optimizers, if there is one; how far it had come."""
+    path = out / "checkpoint.safetensors"
+    if not path.exists():
+        return {"step": 0, "tokens": 0, "seconds": 0.0}
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        done = file.metadata()
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=False)
+    for number, opt in enumerate(opts):
+        saved = opt.state_dict()
+        for name, value in tensors.items():
+            kind, *rest = name.split(".")
+            if kind == "optimizer" and rest[0] == str(number):
+                saved["state"].setdefault(int(rest[1]), {})[rest[2]] = value
+        opt.load_state_dict(saved)
+    return {"step": int(done["step"]), "tokens": int(done["tokens"]), "seconds": float(done["seconds"])}
 
 
 def _stage_at(stages: tuple[Stage, ...], minutes: float) -> Stage:
@@ -244,3 +222,7 @@ def _stage_at(stages: tuple[Stage, ...], minutes: float) -> Stage:
         if minutes < 0:
             return stage
     return stages[-1]
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))

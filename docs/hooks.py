@@ -1,0 +1,49 @@
+"""mkdocs hook: fills ``{{ methods }}`` from the catalogue and ``{{ card }}`` and ``{{ readme }}`` from their files."""
+
+from pathlib import Path
+from typing import Any
+
+from paucity.catalog import METHODS, families
+from paucity.models import embedded
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the placeholders of a page."""
+    for name, make in (("methods", methods), ("card", card), ("readme", readme)):
+        placeholder = "{{ " + name + " }}"
+        if placeholder in markdown:
+            markdown = markdown.replace(placeholder, make())
+    return markdown
+
+
+def methods() -> str:
+    """Every method with its paper and its options."""
+    parts = []
+    for family in families():
+        parts.append(f"## {family.capitalize()}\n")
+        for name, method in sorted(METHODS.items()):
+            if method.family == family:
+                parts += [
+                    f"### `{name}`\n",
+                    f"*{method.title}*, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}).\n",
+                ]
+                parts += ["| option | default |", "|---|---|"]
+                options_for, _ = method.installer()
+                for option, field in options_for(name).model_fields.items():
+                    default = "required" if field.is_required() else f"`{field.default}`"
+                    parts.append(f"| `{option}` | {default} |")
+                parts.append("")
+    return "\n".join(parts)
+
+
+def card() -> str:
+    """The embedded model's card without its title."""
+    return (embedded.folder() / "CARD.md").read_text(encoding="utf-8").partition("\n")[2]
+
+
+def readme() -> str:
+    """The README without its picture, whose path is not the site's."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith("!["))

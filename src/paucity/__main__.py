@@ -1,0 +1,5 @@
+"""``python -m paucity``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,222 @@
+"""The attention and mask functions that transformers calls, by name, through its two registries.
+
+Nothing is patched: a model whose configuration names `NAME` as its attention calls these two. An attention module
+carries its policy in an attribute of its own, so that a deep copy of a model is as sparse as the model was.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..checks import InputError
+from ..kernels.attention import as_key_lists, sparse_attention
+from ..ops.formats.stripes import Window, causal_mask
+from .policy import Prompt
+
+if TYPE_CHECKING:
+    from .apply import AppliedAttention
+
+NAME = "paucity"
+ATTRIBUTE = "prefill_policy"
+_FOREVER = torch.iinfo(torch.int32).max
+
+
+@dataclass
+class Site:
+    """What an attention module carries: the policy in force and the index of the layer."""
+
+    applied: "AppliedAttention"
+    layer: int
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """What a layer may see, without ``T * T`` entries where it can be told shorter; arguments as transformers has them.
+
+    Returns:
+        None where attention is just causal; for other causal and for sliding-window masks, with padding or without,
+        ``[B or 1, kv_offset + kv_length]`` int32: how many queries see each key of the text, from its own on (0 for
+        padding); for any other kind the mask itself, ``[B, 1, q_length, kv_length]`` bool.
+    """
+    length = kv_offset + kv_length
+    plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == length
+    # Two rows in succession tell a sliding window from chunks: these begin at the same place only if nothing is cut.
+    query = torch.arange(max(q_offset, length - 2), length, device=device)[:, None] if plain else None
+    if query is not None:
+        key = torch.arange(kv_offset, length, device=device)
+        wanted = key <= query if local_size is None else (key <= query) & (key > query - local_size)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        plain = bool((mask_function(zero, zero, query, key) == wanted).all())
+    if not plain:
+        return sdpa_mask(  # type: ignore[no-any-return]
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            use_vmap=kwargs.get("use_vmap", False),
+            device=device,
+        )
+    valid = None if attention_mask is None else attention_mask[:, :length].bool()
+    if valid is not None and (bool(valid.all()) and valid.shape[1] == length):
+        valid = None
+    reach = _FOREVER if local_size is None or local_size >= length else local_size
+    if valid is None:
+        # A cropped cache is told by its length alone, so nothing is None there.
+        return (
+            None
+            if reach == _FOREVER and not kv_offset
+            else torch.full((1, length), reach, dtype=torch.int32, device=device)
+        )
+    return torch.nn.functional.pad(valid.int() * reach, (0, length - valid.shape[1]))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a layer, by its policy where it has one.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H, Tq, D]``.
+        key: ``[B, H_kv, Tk, D]``, those of the cache included.
+        value: ``[B, H_kv, Tk, Dv]``.
+        attention_mask: what `attention_mask` returned, or the caller's own ``[B, 1 or H, Tq, Tk]``.
+        dropout: as in SDPA.
+        scaling: factor on the logits.
+        softcap: cap of the logits.
+        is_causal: whether attention is causal, instead of ``module.is_causal``.
+        kwargs: what else models pass; a sliding window is read from the mask instead.
+
+    Returns:
+        ``[B, Tq, H, Dv]`` and no weights.
+
+    Raises:
+        InputError: if the layer has learned sinks, a position bias or a paged cache.
+    """
+    for unknown in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(unknown) is not None:
+            raise InputError(f"attention: {type(module).__name__} must use plain attention, got {unknown}.")
+    site = getattr(module, ATTRIBUTE, None)
+    site = site if isinstance(site, Site) and query.shape[2] > 1 else None
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or (attention_mask is not None and attention_mask.ndim != 2):
+        if site is not None:
+            site.applied.count_dense("mask of another kind")
+        return _dense(module, query, key, value, attention_mask, scale, softcap, dropout, causal), None
+    length, padding, window, dropped = _read_mask(attention_mask, len(query), key.shape[2])
+    if site is not None:
+        prompt = Prompt(site.layer, scale, softcap, padding, dropped, window)
+        out = _by_policy(site, query, key, value, prompt, length, dropout)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
+    queries, keys = query.shape[2], key.shape[2]
+    mask = None
+    if padding is not None or window is not None or 1 < queries < keys:
+        mask = causal_mask(queries, keys, padding=padding, window=window, device=key.device)
+    return _dense(module, query, key, value, mask, scale, softcap, dropout, queries > 1), None
+
+
+def _by_policy(
+    site: Site, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, length: int, dropout: float
+) -> Tensor | None:
+    """Attention of a prompt ``[B, H, Tq, Dv]``, or None where it must be dense; counts what is computed."""
+    applied, policy = site.applied, site.applied.policy
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    pairs = Window(keys).kept_pairs(queries, keys, padding=prompt.padding, window=prompt.window).expand(batch, 1)
+    if site.layer not in applied.layers or length < policy.min_length or dropout:
+        applied.count_pairs(site.layer, heads, pairs, pairs)
+        if site.layer in applied.layers:
+            applied.count_dense("attention dropout" if dropout else "prompt shorter than min_length")
+        return None
+    pattern = policy.select(query, key, prompt)
+    if not isinstance(pattern, Window):
+        pattern = as_key_lists(pattern, keys)
+    kept = pattern.kept_pairs(queries, keys, padding=prompt.padding, window=prompt.window)
+    if kept.shape[1] not in (1, heads):
+        kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)
+    applied.count_pairs(site.layer, heads, kept.expand(batch, -1), pairs)
+    return sparse_attention(
+        query,
+        key,
+        value,
+        pattern,
+        scale=prompt.scale,
+        softcap=prompt.softcap,
+        padding=prompt.padding,
+        window=prompt.window,
+    )
+
+
+def _read_mask(reach: Tensor | None, batch: int, num_keys: int) -> tuple[int, Tensor | None, int | None, Tensor | None]:
+    """Length of the text, padding ``[B, Tk]``, window, keys dropped by the cache ``[B]``, from `attention_mask`."""
+    if reach is None:
+        return num_keys, None, None, None
+    length = reach.shape[1]
+    valid = (reach > 0).expand(batch, -1)
+    gone = length - num_keys
+    widest = int(reach.max())
+    padding = None if bool(valid[:, gone:].all()) else valid[:, gone:]
+    dropped = valid[:, :gone].sum(-1) if gone else None
+    return length, padding, widest if 0 < widest < num_keys else None, dropped
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    causal: bool,
+) -> Tensor:
+    """``[B, Tq, H, D]`` by SDPA; with soft-capped logits, which it does not have, in plain PyTorch."""
+    if softcap is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal
+        )
+        return out  # type: ignore[no-any-return]
+    batch, heads, queries, dim = query.shape
+    score = (query.reshape(batch, key.shape[1], -1, dim) @ key.mT).view(batch, heads, queries, -1) * scale
+    score = torch.tanh(score / softcap) * softcap
+    if mask is None and causal:
+        mask = causal_mask(queries, key.shape[2], device=key.device)
+    if mask is not None:
+        lowest = torch.finfo(score.dtype).min
+        score = score.masked_fill(~mask, lowest) if mask.dtype == torch.bool else score + mask
+    prob = nn.functional.dropout(score.float().softmax(-1).to(query.dtype), dropout)
+    out = prob.view(batch, key.shape[1], -1, key.shape[2]) @ value
+    return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous()

@@ -1,0 +1,200 @@
+"""The ``paucity`` command. Heavy imports happen inside the commands, so that it starts at once."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .checks import InputError
+
+app = typer.Typer(
+    name="paucity",
+    help="Sparsity in deep learning: make a model sparse and see what it cost, in quality and in time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True)
+app.add_typer(claims_app, name="claims")
+
+out = Console()
+err = Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def main() -> None:
+    """Entry point: what a user did wrong is one line on stderr and exit code 2, never a traceback."""
+    # The live line says what is going on; of the libraries' own lines only errors are shown.
+    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except (InputError, OSError) as error:
+        err.print(
+            f"paucity: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("paucity: interrupted; `paucity run` continues with --resume.", style="red", markup=False)
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    model: Annotated[
+        str | None, typer.Option(help="A folder, a hub id or 'embedded', instead of the recipe's.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the results [runs/RECIPE].")] = None,
+    text: Annotated[str | None, typer.Option(help="A UTF-8 file to measure on, instead of the recipe's text.")] = None,
+    calibration_text: Annotated[str | None, typer.Option(help="A UTF-8 file to calibrate on.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out when the run is complete.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+) -> None:
+    """Make a model sparse by a recipe; write report.json, report.html and the model."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe).using(model=model, text=text, calibration_text=calibration_text)
+    target = out_dir or Path("runs") / recipe.stem
+    from .pipeline import Folder
+    from .pipeline import run as run_recipe
+    from .report import console_table
+
+    Folder(target).check(loaded, force=force, resume=resume)
+    with _spinner() as progress:
+        report = run_recipe(loaded, target, force=force, resume=resume, on_progress=progress)
+    out.print(console_table(report))
+    for sentence in report.verdict:
+        out.print(f"  {sentence}", markup=False)
+    out.print(f"\nReport: {target / 'report.html'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def catalog(family: Annotated[str | None, typer.Option(help="One family only.")] = None, as_json: Json = False) -> None:
+    """Every method: name, family, paper, title, operators, claims."""
+    from .catalog import as_rows
+
+    rows = as_rows(family)
+    if as_json:
+        return _print_json(rows)
+    table = Table("method", "family", "paper", "title", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["name"], row["family"], row["paper"], row["title"])
+    out.print(table)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, device, active kernels."""
+    from .report import environment
+
+    facts = environment().model_dump(mode="json")
+    if as_json:
+        return _print_json(facts)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        for key, text in value.items() if isinstance(value, dict) else [(None, value)]:
+            table.add_row(f"{name}: {key}" if key else name, str(text))
+    out.print(table)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to run [all].")] = None, as_json: Json = False
+) -> None:
+    """Our kernels against dense and against peers, in one run, as ratios (baseline ÷ ours: more is better)."""
+    from .bench import BENCHES, run_bench
+
+    rows = []
+    for name in _chosen("bench", "name", names, BENCHES):
+        with _spinner() as progress:
+            progress(f"bench {name}")
+            rows += [row.to_json() for row in run_bench(name)]
+    if as_json:
+        return _print_json(rows)
+    table = Table("bench", "size", "baseline", "ours ms", "baseline ms", "ratio", "limit", box=None, pad_edge=False)
+    for row in rows:
+        times = (f"{1e3 * row['seconds']:.1f}", f"{1e3 * row['baseline_seconds']:.1f}")
+        table.add_row(
+            row["bench"], row["size"], row["baseline"], *times, f"{row['ratio']:.2f}", f"{row['limit_ratio']:.1f}"
+        )
+    out.print(table)
+
+
+@claims_app.command("list")
+def claims_list(as_json: Json = False) -> None:
+    """Every claim, with what its paper states."""
+    from .claims import CLAIMS
+
+    if as_json:
+        return _print_json([{"claim": name, "paper": c.paper, "statement": c.statement} for name, c in CLAIMS.items()])
+    table = Table("claim", "paper", "statement", box=None, pad_edge=False)
+    for name, claim in CLAIMS.items():
+        table.add_row(name, claim.paper, claim.statement)
+    out.print(table)
+
+
+@claims_app.command("run")
+def claims_run(
+    names: Annotated[list[str] | None, typer.Argument(help="Claims to run [all].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 30 seconds each.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Reproduce claims: the paper's figure, ours, whether it holds. Exit code 1 where one does not."""
+    from dataclasses import asdict
+
+    from .claims import CLAIMS, run_claim
+
+    results = []
+    for name in _chosen("claims", "name", names, CLAIMS):
+        with _spinner() as progress:
+            progress(name)
+            result = run_claim(name, quick=quick, seed=seed)
+        results.append(result)
+        if not as_json:
+            out.print(f"[bold]{name}[/] ({result.paper}): {result.statement}", highlight=False)
+            out.print(f"  paper: {result.paper_figure}\n  ours:  {result.measured}", markup=False)
+            out.print(f"  {'holds' if result.holds else 'does not hold'} ({result.seconds:.0f} s)", markup=False)
+    if as_json:
+        _print_json([asdict(result) for result in results])
+    if not all(result.holds for result in results):
+        raise typer.Exit(1)
+
+
+def _chosen(function: str, argument: str, names: list[str] | None, table: dict[str, Any]) -> list[str]:
+    from .checks import check_choice
+
+    for name in names or []:
+        check_choice(function, argument, name, table)
+    return names or sorted(table)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@contextmanager
+def _spinner() -> Iterator[Any]:
+    """A live line on stderr with what is being done, and for how long."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("starting")
+
+        def update(description: str) -> None:
+            progress.update(task, description=description)
+
+        yield update
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What every family hands back for a step that it has applied to a model."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Applied(Protocol):
+    """A step in force on a model, until it is removed."""
+
+    def remove(self) -> None:
+        """Restore the dense model exactly, weights included."""
+
+    def density(self) -> dict[str, float]:
+        """Achieved density (kept fraction, in [0, 1]) by site name, measured since the last reset.
+
+        That of weights is static; that of activations and attention is what really ran.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Start measuring density anew."""
+
+    def state(self) -> dict[str, Any]:
+        """Method, options and what calibration found, as JSON-able values: enough to create it again."""
+        ...
+
+
+class Combined:
+    """Several applied steps as one.
+
+    Args:
+        steps: in the order in which they were applied; they are removed in the reverse order.
+    """
+
+    def __init__(self, steps: Sequence[Applied]) -> None:
+        self.steps = list(steps)
+
+    def remove(self) -> None:
+        """Remove all steps, the last one first; a step that fails does not keep the others in force."""
+        with ExitStack() as stack:
+            for step in self.steps:
+                stack.callback(step.remove)
+        self.steps.clear()
+
+    def density(self) -> dict[str, float]:
+        """Densities of all steps; where two share a site the smaller one, which what both keep cannot exceed."""
+        merged: dict[str, float] = {}
+        for step in self.steps:
+            for site, value in step.density().items():
+                merged[site] = min(value, merged.get(site, value))
+        return merged
+
+    def reset(self) -> None:
+        """Start measuring density anew in every step."""
+        for step in self.steps:
+            step.reset()
+
+    def state(self) -> dict[str, Any]:
+        """``{"steps": [state of each step]}``."""
+        return {"steps": [step.state() for step in self.steps]}

@@ -1,0 +1,180 @@
+"""What goes into the sites of a model, seen through forward pre-hooks.
+
+The experts of a mixture live in one module, which gets all tokens with their routing; what each expert gets is worked
+out again from that: the tokens routed to it, and for its down projection the intermediate of those tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..checks import InputError, check_int, fail
+from .sites import Site, weight_view
+
+OnInput = Callable[[Site, Tensor, int | None], None]
+
+
+@contextmanager
+def capture_inputs(model: nn.Module, sites: Sequence[Site], on_input: OnInput) -> Iterator[None]:
+    """While the context is open, call ``on_input(site, inputs, expert)`` whenever a site's module runs.
+
+    ``inputs`` is ``[num_tokens, in]`` in the model's dtype, batch and positions flattened (for a convolution all places
+    of all images, channels last). ``expert`` is None, or the index of the expert, called for every expert in turn with
+    the tokens routed to it, possibly none. The hooks are gone afterwards, also after an exception.
+
+    Raises:
+        InputError: if a site is an embedding (its input is ids) or not in the model.
+    """
+    with ExitStack() as stack:
+        for site in sites:
+            if site.kind in ("embedding", "position_embedding"):
+                raise fail("capture_inputs", "sites", "not hold embeddings, whose input is ids", site.name)
+            weight_view(model, site)  # raises for a site of another model
+            hook = partial(_on_forward, model, site, on_input)
+            module = model.get_submodule(site.module)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def input_norms(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """L2 norm of every input feature over all tokens of ``batches``: root of the summed squares.
+
+    Args:
+        model: run as it is, without gradients; set it to eval mode before.
+        sites: none of them an embedding.
+        batches: ``input_ids`` ``[1, T]`` int64 for a language model, else whatever the model's forward takes.
+
+    Returns:
+        ``{site.name: [in]}``, ``[num_experts, in]`` for experts, float32 on the weight's device. Squares are summed in
+        float32 within a batch and in float64 over batches. An expert that got no token has norm 0.
+
+    Raises:
+        InputError: if there are no batches, or the model runs without using one of the sites.
+    """
+    totals: dict[str, Tensor] = {}
+
+    def add(site: Site, inputs: Tensor, expert: int | None) -> None:
+        squares = inputs.float().square().sum(0).double().cpu()
+        if expert is None:
+            totals[site.name] = totals.get(site.name, 0) + squares
+            return
+        if site.name not in totals:
+            totals[site.name] = torch.zeros(weight_view(model, site).shape[0], squares.numel(), dtype=torch.float64)
+        totals[site.name][expert] += squares
+
+    _run("input_norms", model, sites, batches, add)
+    return {site.name: totals[site.name].sqrt().float().to(weight_view(model, site).device) for site in sites}
+
+
+def input_samples(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], *, max_tokens: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """A uniform random sample, without replacement, of the inputs of each site over all tokens of ``batches``.
+
+    Sites that see the same tokens are sampled at the same positions. For experts the pairs of token and expert are
+    pooled over the experts. At most ``max_tokens`` rows a site are held, plus those of one batch.
+
+    Args:
+        model: as for `input_norms`.
+        sites: as for `input_norms`.
+        batches: as for `input_norms`.
+        max_tokens: rows to keep for each site, at least 1.
+        seed: of the sample.
+
+    Returns:
+        ``{site.name: [n, in]}`` with ``n = min(max_tokens, tokens seen)``, in the order seen, in the model's dtype.
+
+    Raises:
+        InputError: as for `input_norms`, or if ``max_tokens`` is not a positive integer.
+    """
+    check_int("input_samples", "max_tokens", max_tokens)
+    generators = {site.name: torch.Generator().manual_seed(seed) for site in sites}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(site: Site, inputs: Tensor, expert: int | None) -> None:
+        keys = torch.rand(inputs.shape[0], dtype=torch.float64, generator=generators[site.name])
+        rows = inputs.detach()
+        if site.name in kept:
+            keys, rows = torch.cat([kept[site.name][0], keys]), torch.cat([kept[site.name][1], rows])
+        # The rows with the smallest random keys are a uniform sample, whatever the number of rows to come.
+        chosen = keys.topk(min(max_tokens, keys.numel()), largest=False).indices.sort().values
+        kept[site.name] = keys[chosen], rows[chosen.to(rows.device)]
+
+    _run("input_samples", model, sites, batches, add)
+    return {site.name: kept[site.name][1] for site in sites}
+
+
+def _run(function: str, model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], on_input: OnInput) -> None:
+    if len(batches) == 0:
+        raise fail(function, "batches", "hold at least one batch", "none")
+    seen: set[str] = set()
+
+    def note(site: Site, inputs: Tensor, expert: int | None) -> None:
+        seen.add(site.name)
+        on_input(site, inputs, expert)
+
+    device = next(model.parameters()).device
+    with capture_inputs(model, sites, note), torch.no_grad():
+        for batch in batches:
+            _forward(model, sites, batch.to(device))
+    unused = [site.name for site in sites if site.name not in seen]
+    if unused:
+        raise InputError(
+            f"{function}: sites must be run by the model's forward, got {', '.join(unused)}, which are not."
+        )
+
+
+def _forward(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
+    if not isinstance(model, PreTrainedModel):
+        model(batch)
+        return
+    base = model.base_model
+    if base is model or all(site.module.startswith(f"{model.base_model_prefix}.") for site in sites):
+        base(input_ids=batch, use_cache=False)  # no logits: they are the largest tensor and nobody asks for them
+    else:
+        model(input_ids=batch, use_cache=False)
+
+
+def _on_forward(
+    model: nn.Module, site: Site, on_input: OnInput, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    values = [*args, *kwargs.values()]
+    if site.kind in ("expert_gate_up", "expert_down"):
+        for expert, inputs in _expert_inputs(model, site, module, values[0], values[1]):
+            on_input(site, inputs, expert)
+        return
+    inputs = values[0].detach()
+    if site.kind == "conv":
+        weight = weight_view(model, site)
+        inputs = inputs.movedim(1 - weight.ndim, -1)  # channels stand before the places, with or without a batch
+    on_input(site, inputs.reshape(-1, inputs.shape[-1]), None)
+
+
+def _expert_inputs(
+    model: nn.Module, site: Site, module: nn.Module, states: Tensor, routing: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """``states`` ``[n, hidden]`` and ``routing`` ``[n, top_k]`` (indices of experts) -> the inputs of each expert."""
+    states = states.detach().reshape(-1, states.shape[-1])
+    routing = routing.reshape(states.shape[0], -1)
+    for expert in range(weight_view(model, site).shape[0]):
+        inputs = states[(routing == expert).any(-1)]
+        yield expert, inputs if site.kind == "expert_gate_up" else _intermediate(module, inputs, expert)
+
+
+@torch.no_grad()
+def _intermediate(module: Any, inputs: Tensor, expert: int) -> Tensor:
+    weight = module.gate_up_proj[expert].mT if getattr(module, "is_transposed", False) else module.gate_up_proj[expert]
+    bias = module.gate_up_proj_bias[expert] if getattr(module, "has_bias", False) else None
+    both = F.linear(inputs, weight, bias)
+    if hasattr(module, "_apply_gate"):  # some architectures gate in a way of their own
+        gated: Tensor = module._apply_gate(both)
+        return gated
+    gate, up = both.chunk(2, dim=-1)
+    intermediate: Tensor = module.act_fn(gate) * up
+    return intermediate

@@ -1,0 +1,194 @@
+"""run(recipe): load → apply the steps to a copy → measure dense and sparse side by side → save → report.
+
+Work goes on in ``OUT.partial``, where every finished measurement is kept as JSON, so that a run that was killed
+resumes; only a complete result takes the place of ``OUT``. The steps are applied before anything is measured, so that
+whatever does not fit the model is refused at once; they draw from seeds alone, so a resumed run applies the same again.
+"""
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import catalog
+from .checks import fail
+from .compare import Progress, compare, fit
+from .measure.data import read_text
+from .measure.tokens import context_length
+from .models.applied import Combined
+from .models.calibration import calibration_batches
+from .models.load import Loaded, load
+from .models.save import save
+from .recipe import Recipe
+from .report import ModelFacts, Report, StepRecord, TextFacts, TextUse, environment, render
+
+
+@dataclass
+class Folder:
+    """``OUT`` and ``OUT.partial``: results are kept as they come and published whole."""
+
+    out: Path
+    partial: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.partial = self.out.with_name(self.out.name + ".partial")
+
+    def check(self, recipe: Recipe, *, force: bool, resume: bool) -> None:
+        """Refuse what must not be overwritten; nothing is changed.
+
+        Raises:
+            InputError: if ``out`` exists without ``force``, or an unfinished run lies there and neither ``resume``
+                nor ``force`` is set, or it is of another recipe.
+        """
+        if self.out.exists() and not force:
+            raise fail("run", "out", "not exist (--force replaces it when the run is complete)", self.out)
+        if not self.partial.exists():
+            return
+        if resume:
+            record = self.partial / "recipe.json"
+            if not record.is_file() or record.read_text(encoding="utf-8") != recipe.model_dump_json():
+                raise fail("run", "resume", "continue a run of the same recipe", f"another in {self.partial}")
+        elif not force:
+            constraint = "hold no unfinished run (--resume continues it, --force discards it)"
+            raise fail("run", "out", constraint, self.partial)
+
+    def open(self, recipe: Recipe, *, resume: bool) -> None:
+        """Start, or continue what was left with ``resume``."""
+        if self.partial.exists() and not resume:
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        _write(self.partial / "recipe.json", recipe.model_dump_json())
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of ``make()``, computed once and read back after a resume."""
+        path = self.partial / "stages" / f"{name}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            _write(path, json.dumps(make()))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def publish(self) -> None:
+        """Put the finished run in the place of ``out``; an older one goes only when the new one is there."""
+        shutil.rmtree(self.partial / "stages", ignore_errors=True)
+        (self.partial / "recipe.json").unlink()
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = False, on_progress: Progress | None = None
+) -> Report:
+    """Make a model sparse by a recipe and measure it beside the dense one.
+
+    Args:
+        recipe: what to do.
+        out: folder of ``report.json``, ``report.html``, ``recipe.yaml`` and ``model``.
+        force: replace ``out`` if it exists, once the new run is complete; discard an unfinished one.
+        resume: continue an unfinished run of the same recipe.
+        on_progress: called with a line about what is being done.
+
+    Raises:
+        InputError: if ``out`` may not be written, a text is absent or empty, the model cannot be loaded, or a step does
+            not fit it; all before anything is measured.
+    """
+    started, tell = time.monotonic(), on_progress or _silent
+    folder = Folder(Path(out))
+    folder.check(recipe, force=force, resume=resume)
+    text = read_text(recipe.measure.text, role="measure")
+    calibration_text = read_text(recipe.calibration.text, role="calibration")
+    tell(f"loading {recipe.model}")
+    dense = load(recipe.model, dtype=recipe.dtype)
+    plan = fit(recipe, dense, text)
+    sparse = replace(dense, model=copy.deepcopy(dense.model), notes=[])
+    calibration = _calibration(recipe, dense, calibration_text)
+    applied, records = _apply(recipe, sparse, calibration, tell)
+    folder.open(recipe, resume=resume)
+    before, after, facts = compare(plan, dense, sparse, applied, text, folder.once, tell)
+    tell("saving")
+    if not (folder.partial / "model").exists():
+        save(sparse, folder.partial / "model", extra=applied.state())
+    for record, step in zip(records, applied.steps, strict=True):
+        kept = [facts["density"][site] for site in step.density() if site in facts["density"]]
+        record.density = sum(kept) / len(kept) if kept else None
+    evaluated = TextFacts(names=[recipe.measure.text], tokens=facts["num_tokens"], bytes=facts["num_bytes"])
+    calibrated = TextFacts(names=[recipe.calibration.text], tokens=sum(ids.numel() for ids in calibration))
+    report = Report(
+        title=recipe.title,
+        seconds=time.monotonic() - started,
+        recipe=recipe.model_dump(mode="json"),
+        environment=environment(),
+        model=_model_facts(dense, plan.notes),
+        text=TextUse(evaluated=evaluated, calibrated=calibrated),
+        dense=before,
+        sparse=after,
+        steps=records,
+        head_density=facts["head_density"],
+    )
+    report.write(folder.partial / "report.json")
+    _write(folder.partial / "report.html", render(report))
+    _write(folder.partial / "recipe.yaml", recipe.to_yaml())
+    folder.publish()
+    return report
+
+
+def _silent(_: str) -> None:
+    """Progress that nobody watches."""
+
+
+def _calibration(recipe: Recipe, loaded: Loaded, text: str) -> list[Tensor]:
+    wanted = recipe.calibration
+    length = min(wanted.length, context_length(loaded.model) or wanted.length)
+    tokenizer = loaded.need_tokenizer("run")
+    return calibration_batches(tokenizer, text, num_samples=wanted.num_samples, length=length, seed=recipe.seed)
+
+
+def _apply(
+    recipe: Recipe, sparse: Loaded, calibration: list[Tensor], on_progress: Progress
+) -> tuple[Combined, list[StepRecord]]:
+    """The steps in their order, in force on ``sparse``, and a record of each."""
+    applied, records = [], []
+    for number, step in enumerate(recipe.steps, 1):
+        on_progress(f"step {number} of {len(recipe.steps)}: {step.method}")
+        method = catalog.get(step.method)
+        _, apply_step = method.installer()
+        started = time.monotonic()
+        applied.append(apply_step(sparse, step.method, step.options, calibration))
+        records.append(
+            StepRecord(
+                method=step.method,
+                family=method.family,
+                options=step.options.model_dump(mode="json"),
+                seconds=time.monotonic() - started,
+                notes=list(applied[-1].state().get("notes", [])),
+            )
+        )
+    return Combined(applied), records
+
+
+def _model_facts(loaded: Loaded, notes: Iterable[str]) -> ModelFacts:
+    model = loaded.model
+    return ModelFacts(
+        source=loaded.source,
+        architecture=type(model).__name__,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        notes=[*loaded.notes, *notes],
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under a temporary name, then move."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

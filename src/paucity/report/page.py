@@ -1,0 +1,64 @@
+"""report.html: one self-contained file, no script and nothing loaded from elsewhere."""
+
+import re
+from importlib import resources
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from . import units
+from .compare import MARKS, rows
+from .figures import pictures
+from .schema import Report
+
+
+def render(report: Report) -> str:
+    """The page as HTML; every string of the report is escaped, and a section without data is left out."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "count": units.count,
+        "duration": lambda value: _unbroken(units.duration(value)),
+        "percent": lambda value: _unbroken(units.percent(value)),
+        "unbroken": _unbroken,
+        "listed": units.listed,
+        "si": lambda value: _unbroken(units.scaled(value, "")),
+        "yaml": _yaml,
+    }
+    source = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    plain = report.model_dump(mode="json")
+    return environment.from_string(source).render(
+        report=report,
+        options=[step["options"] for step in plain["steps"]],
+        recipe=plain["recipe"],
+        rows=rows(report),
+        marks=MARKS,
+        pictures=pictures(report),
+        retrieval=_retrieval(report),
+        sites=[(name, report.dense.density.get(name), value) for name, value in report.sparse.density.items()],
+    )
+
+
+def _unbroken(text: str) -> str:
+    """No line break between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(?:%|ms|s|min|h|[kMGTPE])(?:\W|$))", "\N{NO-BREAK SPACE}", text)
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _retrieval(report: Report) -> list[tuple[str, int, str, str]]:
+    """Task, length and both accuracies with their intervals, by task and length."""
+    sides: list[dict[tuple[str, int], str]] = []
+    for model in (report.dense, report.sparse):
+        sides.append(
+            {
+                (entry.task, entry.length): f"{units.percent(entry.accuracy)} "
+                f"({units.percent(entry.low, 0)[:-2]}{units.DASH}{units.percent(entry.high, 0)[:-2]})"
+                for entry in model.retrieval
+            }
+        )
+    tasks = list(dict.fromkeys(task for side in sides for task, _ in side))
+    keys = sorted({*sides[0], *sides[1]}, key=lambda key: (tasks.index(key[0]), key[1]))
+    dense, sparse = sides
+    return [(*key, dense.get(key, units.DASH), sparse.get(key, units.DASH)) for key in keys]

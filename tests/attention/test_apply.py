@@ -1,0 +1,276 @@
+"""Properties that every prefill policy has on every kind of model: one row per method, one per model."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from paucity.attention.apply import METHODS, apply, apply_step, options_for, remove
+from paucity.checks import InputError
+from paucity.models.applied import Applied
+from paucity.models.load import Loaded
+
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZE),
+    "gemma2": lambda: Gemma2Config(**SIZE, sliding_window=12, attn_logit_softcapping=5.0, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZE, sliding_window=12, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "mistral": lambda: MistralConfig(**SIZE, sliding_window=12),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=None, attn_implementation="eager"
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZE),
+}
+FULL = {
+    "sink_window": {"num_sinks": 0, "window_size": 1000, "q_block": 16},
+    "vertical_slash": {"num_vertical": 1000, "num_slash": 1, "q_block": 16, "forced_slash": 0},
+}
+SPARSE = {
+    "sink_window": {"num_sinks": 2, "window_size": 5, "q_block": 8, "min_length": 8},
+    "vertical_slash": {
+        "num_vertical": 6,
+        "num_slash": 4,
+        "forced_vertical": 2,
+        "forced_slash": 2,
+        "num_last_queries": 4,
+        "q_block": 1,
+        "min_length": 8,
+    },
+}
+
+
+def model_of(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype).eval()
+    with torch.no_grad():  # sharper attention than at initialisation, so that what is left out matters
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name and "wte" not in name:
+                parameter.mul_(6.0)
+    return model
+
+
+def tokens(length, batch=1, seed=0):
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def policy(method, table, **options):
+    return options_for(method)(**{"min_length": 0, **table[method], **options})
+
+
+methods = pytest.mark.parametrize("method", sorted(METHODS))
+kinds = pytest.mark.parametrize("kind", sorted(CONFIGS))
+
+
+def test_tables_have_every_method():
+    assert set(FULL) == set(SPARSE) == set(METHODS)
+
+
+@kinds
+@methods
+@pytest.mark.parametrize("length", [2, 63])
+def test_full_budget_is_eager_and_removal_is_exact(kind, method, length):
+    model, ids = model_of(kind), tokens(length, 2)
+    dense = logits(model, ids)
+    applied = apply(model, policy(method, FULL))
+    assert isinstance(applied, Applied)
+    torch.testing.assert_close(logits(model, ids), dense, atol=1e-5, rtol=1e-5)
+    assert set(applied.density().values()) == {1.0}
+    assert applied.state()["dense_prompts"] == {}
+    applied.remove()
+    assert torch.equal(logits(model, ids), dense)
+    assert model.config._attn_implementation == "eager"
+
+
+@kinds
+@methods
+def test_padding_and_batch_do_not_matter(kind, method):
+    model, long, short = model_of(kind), tokens(40), tokens(29, seed=1)
+    dense = logits(model, long)
+    applied = apply(model, policy(method, SPARSE))
+    alone = [logits(model, ids) for ids in (long, short)]
+    single = applied.density()
+    assert (alone[0] - dense).abs().max() > 1e-2
+    assert all(value < 0.95 for value in single.values())
+    batch = torch.cat([long, torch.nn.functional.pad(short, (11, 0))])
+    mask = torch.arange(40) >= torch.tensor([[0], [11]])
+    position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    applied.reset()
+    together = logits(model, batch, attention_mask=mask.long(), position_ids=position)
+    assert together.isfinite().all()
+    torch.testing.assert_close(together[:1], alone[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1:, 11:], alone[1], atol=1e-5, rtol=1e-5)
+    assert applied.density() == pytest.approx(single)
+
+
+@kinds
+@methods
+def test_generates_with_a_cache_and_in_chunks(kind, method):
+    model, ids = model_of(kind), tokens(40)
+    apply(model, policy(method, SPARSE, min_length=4))
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 44)
+    whole = logits(model, ids)
+    cache, parts = DynamicCache(config=model.config), []
+    for part in ids.split((14, 3, 23), dim=1):
+        parts.append(logits(model, part, past_key_values=cache))
+    if method == "sink_window":  # vertical_slash looks at the last queries of every chunk
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert torch.cat(parts, dim=1).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "mistral", "llama"])
+def test_decode_steps_and_unruled_layers_are_dense(kind):
+    model, ids = model_of(kind), tokens(40, 2)
+    mask = torch.arange(40) >= torch.tensor([[0], [7]])
+    options = {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+    dense = logits(model, ids, **options)
+    applied = apply(model, policy("sink_window", SPARSE), layers=[])
+    torch.testing.assert_close(logits(model, ids, **options)[mask], dense[mask], atol=1e-5, rtol=1e-5)
+    assert set(applied.density().values()) == {1.0}
+    cache, steps = DynamicCache(config=model.config), []
+    for step in range(40):
+        part = {"attention_mask": options["attention_mask"][:, : step + 1]}
+        part["position_ids"] = options["position_ids"][:, step : step + 1]
+        steps.append(logits(model, ids[:, step : step + 1], past_key_values=cache, **part))
+    torch.testing.assert_close(torch.cat(steps, dim=1)[mask], dense[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_later_tokens_change_nothing_before():
+    # vertical_slash chooses by the last queries, and so is not a row here; with its choice fixed the kernel is causal.
+    model, ids = model_of("gemma2"), tokens(40)
+    apply(model, policy("sink_window", SPARSE))
+    changed = ids.clone()
+    changed[:, 30:] = tokens(10, seed=5)
+    before, after = logits(model, ids), logits(model, changed)
+    torch.testing.assert_close(before[:, :30], after[:, :30], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before[:, 30:], after[:, 30:])
+
+
+@methods
+def test_grouped_heads_equal_repeated_heads(method):
+    grouped = model_of("llama")
+    wide = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZE, "num_key_value_heads": 4})).eval()
+    weights = grouped.state_dict()
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    wide.load_state_dict(weights)
+    applied = [apply(model, policy(method, SPARSE)) for model in (grouped, wide)]
+    torch.testing.assert_close(logits(grouped, tokens(40)), logits(wide, tokens(40)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(applied[0].head_density(), applied[1].head_density())
+
+
+@methods
+def test_bfloat16_and_one_token(method):
+    model = model_of("llama", torch.bfloat16)
+    apply(model, policy(method, SPARSE))
+    assert logits(model, tokens(40)).isfinite().all()
+    assert logits(model, tokens(1)).shape == (1, 1, 97)
+
+
+@methods
+def test_options_travel_as_json(method):
+    made = policy(method, SPARSE, layers=[1])
+    assert options_for(method).model_validate_json(made.model_dump_json()) == made
+    model = model_of("llama")
+    state = apply_step(Loaded(model=model, tokenizer=None, source="test"), method, made, []).state()
+    assert state["method"] == method
+    assert options_for(method)(**json.loads(json.dumps(state))["options"]) == made
+
+
+def test_short_prompts_are_dense_and_said_so():
+    model, ids = model_of("gemma2"), tokens(40)
+    dense = logits(model, ids)
+    applied = apply(model, policy("sink_window", SPARSE, min_length=41, layers=[0]))
+    torch.testing.assert_close(logits(model, ids), dense, atol=1e-5, rtol=1e-5)
+    assert applied.state()["dense_prompts"] == {"prompt shorter than min_length": 1}
+    assert applied.density() == {"layers.0.attention": 1.0, "layers.1.attention": 1.0}
+    own = torch.ones(40, 40).tril().bool()[None, None]
+    applied.reset()
+    logits(model, ids, attention_mask=own)
+    assert applied.state()["dense_prompts"] == {"mask of another kind": 2}
+    assert applied.density() == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_packed_texts_stay_apart(kind):
+    model, ids = model_of(kind), tokens(40)
+    position = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    dense = logits(model, ids, position_ids=position, use_cache=False)
+    apply(model, policy("sink_window", SPARSE))
+    out = logits(model, ids, position_ids=position, use_cache=False)
+    torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_no_square_mask_for_causal_and_padded_prompts():
+    model, seen = model_of("mistral"), []
+    apply(model, policy("sink_window", SPARSE))
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    logits(model, tokens(12))
+    logits(model, tokens(40))
+    logits(model, tokens(40), attention_mask=(torch.arange(40)[None] > 3).long())
+    assert [None if mask is None else list(mask.shape) for mask in seen] == [None, [1, 40], [1, 40]]
+    assert seen[1].unique().tolist() == [12]
+    assert seen[2].unique().tolist() == [0, 12]
+
+
+def test_a_deep_copy_is_sparse_and_independent():
+    model, ids = model_of("llama"), tokens(40)
+    dense = logits(model, ids)
+    applied = apply(model, policy("sink_window", SPARSE))
+    twin = copy.deepcopy(model)
+    sparse = logits(model, ids)
+    applied.remove()
+    assert torch.equal(logits(twin, ids), sparse)
+    remove(twin)
+    remove(twin)
+    assert torch.equal(logits(twin, ids), dense)
+    apply(model, policy("sink_window", SPARSE))
+    assert torch.equal(logits(model, ids), sparse)
+
+
+def test_bad_input():
+    model = model_of("llama")
+    with pytest.raises(InputError, match="layers must be among the 2 attention layers, got 2"):
+        apply(model, policy("sink_window", SPARSE), layers=[2])
+    with pytest.raises(InputError, match="model must be a decoder-only Hugging Face model, got Linear"):
+        apply(torch.nn.Linear(2, 2), policy("sink_window", SPARSE))
+    with pytest.raises(InputError, match=r"did you mean 'sink_window'"):
+        options_for("sink_windows")
+    apply(model, policy("sink_window", SPARSE))
+    with pytest.raises(InputError, match="model must carry no policy yet"):
+        apply(model, policy("sink_window", SPARSE))

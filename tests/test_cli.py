@@ -1,0 +1,85 @@
+"""The command: exit codes, one-line errors, JSON contracts, and that it starts at once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from paucity.catalog import METHODS
+from paucity.claims import CLAIMS
+
+
+def paucity(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "paucity", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
+
+
+def test_catalog_json_is_the_contract():
+    result = paucity("catalog", "--json")
+    rows = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert [row["name"] for row in rows] == sorted(METHODS)
+    assert set(rows[0]) == {"name", "family", "paper", "title", "operators", "claims"}
+
+
+def test_info_says_what_is_active():
+    facts = json.loads(paucity("info", "--json", PAUCITY_KERNELS="reference").stdout)
+    assert facts["torch"]
+    assert facts["kernels"]["requested"] == "reference"
+
+
+def test_claims_list_names_every_claim():
+    assert {row["claim"] for row in json.loads(paucity("claims", "list", "--json").stdout)} == set(CLAIMS)
+
+
+BAD = [
+    (["run", "absent.yaml"], "does not exist"),
+    (["catalog", "--family", "wieghts"], "did you mean 'weights'"),
+    (["claims", "run", "wanda"], "must be one of"),
+    (["bench", "nothing"], "must be one of"),
+    (["run"], "Missing argument"),
+    (["info", "--colour"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_message_and_exit_code_2(arguments, message):
+    result = paucity(*arguments)
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_kernels_variable_is_checked():
+    result = paucity("info", PAUCITY_KERNELS="fast")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "must be one of auto, native, reference, triton" in result.stderr
+
+
+def test_a_bad_recipe_is_one_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"steps": [{"method": "wanda", "sparsity": 1.5}]}))
+    result = paucity("run", str(recipe), "--out", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "sparsity must be in [0, 1), got 1.5" in result.stderr
+
+
+def test_run_on_a_folder_prints_the_table_and_the_path(tiny_model, tmp_path):
+    tiny_model("qwen3", vocab_size=300).save_pretrained(tmp_path / "model")
+    measure = {"length": 64, "stride": 32, "max_tokens": 128, "prefill_tokens": 64, "decode_tokens": 2, "repeats": 1}
+    retrieval = {"tasks": ["passkey"], "lengths": [256], "num_prompts": 1}
+    recipe = {"measure": measure | {"retrieval": retrieval}, "steps": [{"method": "magnitude", "sparsity": 0.5}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["run", str(tmp_path / "recipe.yaml"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "o")]
+    result = paucity(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "Bits per byte" in result.stdout
+    assert str(tmp_path / "o" / "report.html") in result.stdout
+    again = paucity(*arguments)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
