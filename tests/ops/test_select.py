@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from paucity.checks import InputError, InputTypeError
 from paucity.ops import select
+from paucity.ops.indices import indices_to_mask, mask_to_indices
 from paucity.ops.select import (
     batch_topk_mask,
     block_topk_mask,
     global_topk_mask,
     global_topk_masks,
-    indices_to_mask,
-    mask_to_indices,
     nm_mask,
     num_kept,
     statistical_threshold,

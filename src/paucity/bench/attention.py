@@ -1,5 +1,8 @@
 """The attention kernel alone, with the pattern given, against causal SDPA of the same shape."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ..kernels.attention import Pattern, sparse_attention
@@ -34,9 +37,11 @@ def _rows(dtype: torch.dtype) -> list[BenchRow]:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype) for _ in range(3))
     patterns = _patterns(heads, tokens)
-    variants = {"dense": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)}
+    variants: dict[str, Callable[[], torch.Tensor]] = {
+        "dense": partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, is_causal=True)
+    }
     for name, pattern in patterns.items():
-        variants[name] = lambda pattern=pattern: sparse_attention(query, key, value, pattern)
+        variants[name] = partial(sparse_attention, query, key, value, pattern)
     with torch.no_grad():
         timings = time_interleaved(variants, repeats=5, warmup=1).timings
     pairs = tokens * (tokens + 1) / 2

@@ -69,8 +69,9 @@ def erk(shapes: Shapes, *, sparsity: float) -> dict[str, float]:
     Paper: Evci et al. 2020 (RigL), https://arxiv.org/abs/1911.11134, Section 3 (1). Two-dimensional shapes get plain
     Erdos-Renyi, Mocanu et al. 2018, https://arxiv.org/abs/1707.04780.
 
-    >>> erk({"small": (10, 10), "large": (100, 100)}, sparsity=0.8)["small"]
-    0.0
+    Examples:
+        >>> erk({"small": (10, 10), "large": (100, 100)}, sparsity=0.8)["small"]
+        0.0
     """
     sizes = _sizes("erk", shapes, sparsity)
     if sparsity == 0:
@@ -94,8 +95,9 @@ def outlier_ratio(score: Tensor, *, multiple: float = 5.0) -> float:
     Raises:
         InputError: if ``score`` is empty or its mean is not finite.
 
-    >>> outlier_ratio(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 99.0]))
-    0.125
+    Examples:
+        >>> outlier_ratio(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 99.0]))
+        0.125
     """
     check_floating("outlier_ratio", "score", score)
     check_range("outlier_ratio", "multiple", multiple, 0, open_low=True)
@@ -202,8 +204,9 @@ def zipf(num: int, *, total: int, exponent: float = 1.0, shift: float = 0.0, lim
     Raises:
         InputError: if ``num`` budgets of ``limit`` do not hold ``total``.
 
-    >>> zipf(4, total=25)
-    [12, 6, 4, 3]
+    Examples:
+        >>> zipf(4, total=25)
+        [12, 6, 4, 3]
     """
     check_int("zipf", "num", num)
     check_int("zipf", "total", total, 0)

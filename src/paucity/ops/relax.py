@@ -100,8 +100,9 @@ def smooth_step(x: Tensor, *, gamma: float = 1.0) -> Tensor:
     The cubic is ``-2 / gamma^3 x^3 + 3 / (2 gamma) x + 1/2``; value and gradient are continuous, the gradient outside
     is 0. Paper: Hazimeh et al. 2020, https://arxiv.org/abs/2002.07772.
 
-    >>> smooth_step(torch.tensor([-0.5, 0.0, 0.25, 2.0]))
-    tensor([0.0000, 0.5000, 0.8438, 1.0000])
+    Examples:
+        >>> smooth_step(torch.tensor([-0.5, 0.0, 0.25, 2.0]))
+        tensor([0.0000, 0.5000, 0.8438, 1.0000])
     """
     check_floating("smooth_step", "x", x)
     check_range("smooth_step", "gamma", gamma, 0, open_low=True)

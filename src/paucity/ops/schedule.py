@@ -5,8 +5,9 @@ One form for all: a frozen dataclass that is called with a step (an int from 0) 
 of the kept weights to exchange, where `PruneAndGrow` returns 0.0 at a step without an exchange. Nothing is remembered
 between calls, so that training can resume at any step.
 
->>> [round(Cubic(sparsity=0.9, end=4)(step), 3) for step in range(6)]
-[0.0, 0.52, 0.787, 0.886, 0.9, 0.9]
+Examples:
+    >>> [round(Cubic(sparsity=0.9, end=4)(step), 3) for step in range(6)]
+    [0.0, 0.52, 0.787, 0.886, 0.9, 0.9]
 """
 
 import math
@@ -131,9 +132,10 @@ class PruneAndGrow:
         start: the first exchange is at ``start + every``.
         end: there is none at this step or later; None goes on for ever.
 
-    >>> exchange = PruneAndGrow(Once(0.3), every=100, end=300)
-    >>> [step for step in range(1000) if exchange(step)]
-    [100, 200]
+    Examples:
+        >>> exchange = PruneAndGrow(Once(0.3), every=100, end=300)
+        >>> [step for step in range(1000) if exchange(step)]
+        [100, 200]
     """
 
     fraction: Schedule
@@ -168,9 +170,10 @@ class Frames:
         start: before it everything is kept, as 1:1.
         end: the last pattern stays from here on; at least as many steps after ``start`` as there are stages.
 
-    >>> frames = Frames.stepwise(1, 4, end=30)
-    >>> [frames.nm(step) for step in (0, 10, 20, 99)]
-    [(3, 4), (2, 4), (1, 4), (1, 4)]
+    Examples:
+        >>> frames = Frames.stepwise(1, 4, end=30)
+        >>> [frames.nm(step) for step in (0, 10, 20, 99)]
+        [(3, 4), (2, 4), (1, 4), (1, 4)]
     """
 
     stages: tuple[tuple[int, int], ...]

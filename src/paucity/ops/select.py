@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..checks import (
     InputTypeError,
-    check_bool,
     check_divides,
     check_floating,
     check_int,
@@ -32,8 +31,9 @@ _INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def num_kept(size: int, sparsity: float) -> int:
     """How many of ``size`` entries stay at ``sparsity``: the one place with rounding (of those removed, half to even).
 
-    >>> num_kept(10, 0.75)
-    2
+    Examples:
+        >>> num_kept(10, 0.75)
+        2
     """
     check_int("num_kept", "size", size, 0)
     check_sparsity("num_kept", sparsity)
@@ -43,8 +43,9 @@ def num_kept(size: int, sparsity: float) -> int:
 def topk_indices(score: Tensor, k: int, *, dim: int = -1, by_abs: bool = False) -> Tensor:
     """Positions (int64) of the ``k`` highest scores along ``dim``, best first; ``dim`` has size ``k`` in the result.
 
-    >>> topk_indices(torch.tensor([1, 3, 3, 2]), 3)
-    tensor([1, 2, 3])
+    Examples:
+        >>> topk_indices(torch.tensor([1, 3, 3, 2]), 3)
+        tensor([1, 2, 3])
     """
     key = _row_keys("topk_indices", score, dim, by_abs)
     check_int("topk_indices", "k", k, 0, key.shape[-1])
@@ -61,8 +62,9 @@ def topk_mask(
 
     Exactly one of ``k``, how many stay in a row, and ``sparsity``, the fraction removed (see `num_kept`), is given.
 
-    >>> topk_mask(torch.tensor([1.0, 3.0, 3.0, 2.0]), k=1)
-    tensor([False,  True, False, False])
+    Examples:
+        >>> topk_mask(torch.tensor([1.0, 3.0, 3.0, 2.0]), k=1)
+        tensor([False,  True, False, False])
     """
     key = _row_keys("topk_mask", score, dim, by_abs)
     kept = _kept(key, _resolve_k("topk_mask", key.shape[-1], k, sparsity))
@@ -126,8 +128,9 @@ def top_p_mask(prob: Tensor, *, p: float, dim: int = -1) -> Tensor:
         p: the mass to reach, in (0, 1]. A row that never reaches it is kept whole.
         dim: of a row.
 
-    >>> top_p_mask(torch.tensor([0.125, 0.5, 0.25, 0.125]), p=0.75)
-    tensor([False,  True,  True, False])
+    Examples:
+        >>> top_p_mask(torch.tensor([0.125, 0.5, 0.25, 0.125]), p=0.75)
+        tensor([False,  True,  True, False])
     """
     check_floating("top_p_mask", "prob", prob)
     check_range("top_p_mask", "p", p, 0, 1, open_low=True)
@@ -145,8 +148,9 @@ def nm_mask(score: Tensor, *, n: int, m: int, dim: int = -1) -> Tensor:
     Raises:
         InputError: if ``n > m`` or ``m`` does not divide the size of ``dim``.
 
-    >>> nm_mask(torch.tensor([1, 2, 3, 4]), n=1, m=2)
-    tensor([False,  True, False,  True])
+    Examples:
+        >>> nm_mask(torch.tensor([1, 2, 3, 4]), n=1, m=2)
+        tensor([False,  True, False,  True])
     """
     check_nm("nm_mask", n, m)
     key = _row_keys("nm_mask", score, dim)
@@ -207,40 +211,6 @@ def statistical_threshold(x: Tensor, *, sparsity: float, dim: int = -1) -> Tenso
 def statistical_topk_mask(x: Tensor, *, sparsity: float, dim: int = -1) -> Tensor:
     """Mask of the entries above `statistical_threshold`; the share kept is right only as far as a row is normal."""
     return x.detach() > statistical_threshold(x.detach(), sparsity=sparsity, dim=dim)
-
-
-def mask_to_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the kept entries along the last dimension, and how many there are.
-
-    Returns:
-        ``indices`` ``[..., max count]`` int64, ascending, padded with -1; ``counts`` ``[...]`` int64.
-    """
-    check_bool("mask_to_indices", "mask", mask)
-    _check_dim("mask_to_indices", "mask", mask)
-    counts = mask.sum(-1)
-    width = int(counts.max()) if counts.numel() else 0
-    row, position = mask.reshape(counts.numel(), mask.shape[-1]).nonzero(as_tuple=True)
-    first = counts.flatten().cumsum(0) - counts.flatten()
-    indices = torch.full((counts.numel(), width), -1, device=mask.device)
-    indices[row, torch.arange(len(row), device=mask.device) - first[row]] = position
-    return indices.view(*counts.shape, width), counts
-
-
-def indices_to_mask(indices: Tensor, size: int) -> Tensor:
-    """Mask ``[..., size]`` that is True at ``indices`` ``[..., k]`` (any order, repeats allowed, -1 is padding).
-
-    Raises:
-        InputError: if an index is outside [-1, size).
-    """
-    check_tensor("indices_to_mask", "indices", indices)
-    check_int("indices_to_mask", "size", size, 0)
-    _check_dim("indices_to_mask", "indices", indices)
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise InputTypeError(f"indices_to_mask: indices must be integers, got {indices.dtype}.")
-    for end in (indices.min(), indices.max()) if indices.numel() else ():
-        check_int("indices_to_mask", "every index", int(end), -1, size - 1)
-    padded = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
-    return padded.scatter_(-1, indices.long() % (size + 1), True)[..., :size].contiguous()
 
 
 def _check_score(function: str, score: Tensor) -> None:

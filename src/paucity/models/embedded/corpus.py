@@ -27,6 +27,11 @@ class Corpus:
     def __post_init__(self) -> None:
         self.line_ends = line_end_ids(self.tokenizer)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
     def window(self, kind: str, length: int, rng: random.Random) -> list[int]:
         """``length`` consecutive tokens from a random place."""
         stream = self.code if kind == "code" else self.prose
@@ -66,7 +71,6 @@ def recall_sequence(corpus: Corpus, length: int, rng: random.Random) -> tuple[li
     Returns:
         (token ids, loss weights), each at most ``length`` long.
     """
-    encode = lambda text: corpus.tokenizer.encode(text).ids  # noqa: E731
     fact = _random_fact(rng, length)
     questions = [(fact.question, ", ".join(fact.answers))]
     for line in rng.sample(fact.distractors, min(len(fact.distractors), 7)):
@@ -74,13 +78,13 @@ def recall_sequence(corpus: Corpus, length: int, rng: random.Random) -> tuple[li
             key, number = line.removeprefix("The magic number for ").removesuffix(".\n").split(" is ")
             questions.append((f"What is the magic number for {key}? The magic number for {key} is", number))
     rng.shuffle(questions)
-    tail = encode("\n")
+    tail = corpus.encode("\n")
     tail_weights = [0.0] * len(tail)
     for question, answer in questions[: max(1, length // 96)]:
-        q, a = encode(question), encode(f" {answer}.\n")
+        q, a = corpus.encode(question), corpus.encode(f" {answer}.\n")
         tail += q + a
         tail_weights += [0.2] * len(q) + [ANSWER_WEIGHT] * len(a)
-    lines = [encode(line) for line in interleave(fact, rng)]
+    lines = [corpus.encode(line) for line in interleave(fact, rng)]
     room = length - 1 - len(tail) - sum(map(len, lines))
     if room < 16:  # the facts alone fill a short sequence
         return recall_sequence(corpus, length, rng)
@@ -105,23 +109,13 @@ def sequence(
     corpus: Corpus, length: int, rng: random.Random, *, recall_share: float, code_share: float = 0.7
 ) -> tuple[list[int], list[float]]:
     """One training sequence of exactly ``length`` tokens: recall or copy tasks packed together, or plain text."""
+    if rng.random() >= recall_share:
+        kind = "code" if rng.random() < code_share else "prose"
+        return [0, *corpus.window(kind, length - 1, rng)], [1.0] * length
     ids: list[int] = []
     weights: list[float] = []
-    if rng.random() < recall_share:
-        while len(ids) < length:
-            left = length - len(ids)
-            if left < 160:
-                make = None
-            elif rng.random() < 0.15 and left <= 1024:
-                make = copy_sequence
-            else:
-                make = recall_sequence
-            if make is None:
-                new = [0, *corpus.window("code", left - 1, rng)] if left > 1 else [0] * left
-                ids, weights = ids + new, weights + [1.0] * len(new)
-            else:
-                new, new_weights = make(corpus, left, rng)
-                ids, weights = ids + new, weights + new_weights
-        return ids, weights
-    kind = "code" if rng.random() < code_share else "prose"
-    return [0, *corpus.window(kind, length - 1, rng)], [1.0] * length
+    while (left := length - len(ids)) >= 160:
+        make = copy_sequence if rng.random() < 0.15 and left <= 1024 else recall_sequence
+        new, new_weights = make(corpus, left, rng)
+        ids, weights = ids + new, weights + new_weights
+    return ids + corpus.window("code", left, rng), weights + [1.0] * left

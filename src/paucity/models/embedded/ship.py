@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +87,31 @@ def card_text(card: dict[str, Any]) -> str:
         for task, by_length in card["retrieval"].items()
     )
     lengths = " | ".join(f"{length} tokens" for length in LENGTHS)
+    modules = textwrap.fill(", ".join(card["held_out_modules"]), 110)
     return f"""# Card of the embedded model
 
-Llama architecture, {card["num_parameters"]:,} parameters in bfloat16, byte-level BPE of 4,096 tokens with single digits,
-context 8,192, trained at up to 4,096 tokens. It is a test object for sparse methods, not an assistant.
+Llama architecture, {card["num_parameters"]:,} parameters in bfloat16, byte-level BPE of 4,096 tokens with single
+digits, context 8,192, trained at up to 4,096 tokens. It is a test object for sparse methods, not an assistant.
 
-**Data.** Source of Python's standard library and its tests (26.7 MB, without the held-out modules and their tests; Python
-Software Foundation License), ten public-domain books of Project Gutenberg (16.4 M characters), and recall tasks generated
-over both: passkeys, keys with numbers, keys with several numbers, chains of variables, random strings that come again.
-The recall tasks have the form of the retrieval measures, so their accuracy says that the model can retrieve from its
-context, not that it generalises to other phrasings.
+**Data.** Source of Python's standard library and its tests (26.7 MB, without the held-out modules and their tests;
+Python Software Foundation License), ten public-domain books of Project Gutenberg (16.4 M characters), and recall tasks
+generated over both: passkeys, keys with numbers, keys with several numbers, chains of variables, random strings that
+come again. The recall tasks have the form of the retrieval measures, so their accuracy says that the model retrieves
+from its context, not that it understands other phrasings.
 
-**Training.** {card["step"]:,} steps, {card["tokens"]:,} tokens, {card["seconds"] / 60:.0f} minutes on two CPU cores, seed
-{card["seed"]}, from random weights; Muon and AdamW at {card["rate"]:g}.
+**Training.** {card["step"]:,} steps, {card["tokens"]:,} tokens, {card["seconds"] / 60:.0f} minutes on two CPU cores
+that other work shared, seed {card["seed"]}, from random weights; Muon and AdamW at {card["rate"]:g}, falling to 0.
 
 | length | batch | minutes | sequences of recall tasks |
 |---|---|---|---|
 {stages}
 
-**Quality.** {card["held_out_bits_per_byte"]:.3f} bits per byte on standard-library modules that were not trained on
-({", ".join(card["held_out_modules"])}), in windows of 4,096 tokens. Exact greedy answers to {card["num_prompts"]} prompts a
-cell (several answers: the share found), with held-out source around the facts:
+**Quality.** {card["held_out_bits_per_byte"]:.3f} bits per byte, in windows of 4,096 tokens, on standard-library modules
+that were not trained on:
+{modules}.
+
+Greedy answers to {card["num_prompts"]} prompts a cell, with held-out source around the facts (exact, or the share of
+several answers that was found):
 
 | task | {lengths} |
 |---|{"---|" * len(LENGTHS)}

@@ -35,7 +35,7 @@ class Stage:
     recall_share: float
 
 
-STAGES = (Stage(256, 32, 35, 0.3), Stage(1024, 8, 25, 0.4), Stage(4096, 4, 35, 0.5))
+STAGES = (Stage(256, 32, 44, 0.35), Stage(1024, 8, 14, 0.4), Stage(4096, 4, 35, 0.5))
 VOCAB_SIZE = 4096
 
 
@@ -92,15 +92,16 @@ def build_corpus(out: Path, *, seed: int = 0) -> Corpus:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy through the output matrix in row chunks, its gradient taken on the way, so that logits stay small."""
+    """Cross-entropy through the output matrix in chunks of rows, with its gradient, so that logits stay small."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         low = matrix.bfloat16()
         grad_hidden, grad_matrix = torch.empty_like(hidden), torch.zeros_like(matrix)
         total, scale = hidden.new_zeros((), dtype=torch.float32), weights / weights.sum()
-        for rows in torch.arange(len(hidden)).split(1024):
-            part = hidden[rows[0] : rows[-1] + 1].bfloat16()
+        for first in range(0, len(hidden), 1024):
+            rows = slice(first, first + 1024)
+            part = hidden[rows].bfloat16()
             logits = (part @ low.T).float()
             lse = logits.logsumexp(-1, keepdim=True)
             target = targets[rows][:, None]
@@ -108,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
             grad = logits.sub_(lse).exp_()
             grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
             grad = grad.mul_(scale[rows][:, None]).bfloat16()
-            grad_hidden[rows[0] : rows[-1] + 1] = grad @ low
+            grad_hidden[rows] = grad @ low
             grad_matrix += grad.T @ part
         ctx.save_for_backward(grad_hidden, grad_matrix)
         return total
@@ -124,7 +125,7 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     flat, targets, kept = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    loss: Tensor = _HeadLoss.apply(flat, model.lm_head.weight, targets, kept)
+    loss: Tensor = _HeadLoss.apply(flat, model.lm_head.weight, targets, kept)  # type: ignore[no-untyped-call]
     return loss
 
 
