@@ -1,9 +1,11 @@
 """The command: exit codes, one-line errors, JSON contracts, and that it starts at once."""
 
+import heapq
 import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import yaml
@@ -73,7 +75,12 @@ def test_run_on_a_folder_prints_the_table_and_the_path(tiny_model, tmp_path):
     tiny_model("qwen3", vocab_size=300).save_pretrained(tmp_path / "model")
     measure = {"length": 64, "stride": 32, "max_tokens": 128, "prefill_tokens": 64, "decode_tokens": 2, "repeats": 1}
     retrieval = {"tasks": ["passkey"], "lengths": [256], "num_prompts": 1}
-    recipe = {"measure": measure | {"retrieval": retrieval}, "steps": [{"method": "magnitude", "sparsity": 0.5}]}
+    measure |= {"retrieval": retrieval, "text": textwrap.__file__}
+    recipe = {
+        "calibration": {"text": heapq.__file__},
+        "measure": measure,
+        "steps": [{"method": "magnitude", "sparsity": 0.5}],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["run", str(tmp_path / "recipe.yaml"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "o")]
     result = paucity(*arguments)

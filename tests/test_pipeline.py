@@ -1,6 +1,8 @@
 """The main job on small models: what it writes, that it resumes, and that nothing of the user's is lost."""
 
+import heapq
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from paucity.recipe import Recipe
 
 MEASURED = ("bits_per_byte", "passkey_accuracy", "prefill_ms", "decode_ms_per_token", "peak_memory_mb", "flops")
 SMALL = {
-    "calibration": {"num_samples": 2, "length": 64},
+    "calibration": {"num_samples": 2, "length": 64, "text": heapq.__file__},
     "measure": {
+        "text": textwrap.__file__,
         "length": 128,
         "stride": 64,
         "max_tokens": 512,

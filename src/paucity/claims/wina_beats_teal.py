@@ -1,9 +1,9 @@
 """Claim: at equal sparsity WINA keeps more quality than TEAL.
 
-Paper: Chen et al. 2025, https://arxiv.org/abs/2505.19427, section 4. Differences: every site has the same sparsity, where
-the paper allocates greedily; the weights are not made column-orthogonal; TEAL has its thresholds, where WINA's authors
-run it with a top-k of each token, and WINA gets the sparsity that these reach on the text measured; quality is
-perplexity, where the paper has the mean accuracy of tasks.
+Paper: Chen et al. 2025, https://arxiv.org/abs/2505.19427, section 4. Differences: every site has the same sparsity,
+where the paper allocates greedily; the weights are not made column-orthogonal; TEAL has its thresholds, where WINA's
+authors run it with a top-k of each token, and WINA gets the sparsity that these reach on the text measured; quality
+is perplexity, where the paper has the mean accuracy of tasks.
 """
 
 import math
