@@ -73,6 +73,8 @@ def run(
     out.print(console_table(report))
     for sentence in report.verdict:
         out.print(f"  {sentence}", markup=False)
+    for note in [*report.model.notes, *(note for step in report.steps for note in step.notes)]:
+        out.print(f"  Note: {note}", markup=False)
     out.print(f"\nReport: {target / 'report.html'}", markup=False, soft_wrap=True)
 
 

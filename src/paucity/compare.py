@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,27 +101,30 @@ def compare(
         on_progress: told what is being done.
 
     Returns:
-        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density"}`` of the evaluation).
+        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density", "notes"}`` of the evaluation; the
+        notes are a list for each step).
     """
     tokenizer = dense.need_tokenizer("run")
     models = {"dense": dense.model, "sparse": sparse.model}
     fields: dict[str, dict[str, Any]] = {name: {"retrieval": []} for name in models}
 
     def evaluate(model: nn.Module, name: str) -> dict[str, Any]:
-        report = lambda done, total: on_progress(f"{name}: bits per byte, window {done} of {total}")  # noqa: E731
+        def tell(done: int, total: int) -> None:
+            on_progress(f"{name}: bits per byte, window {done} of {total}")
+
         applied.reset()
-        return _quality(plan, model, tokenizer, text, report) | _densities(applied)
+        return _quality(plan, model, tokenizer, text, tell) | _densities(applied)
 
     evaluated = {}
     for name, model in models.items():
-        evaluated[name] = stage(f"{name}.quality", lambda: evaluate(model, name))  # noqa: B023
+        evaluated[name] = stage(f"{name}.quality", partial(evaluate, model, name))
         fields[name] |= evaluated[name]["figures"]
     for task, length in plan.retrieval:
         for name, model in models.items():
             on_progress(f"{name}: {task} at {length} tokens")
-            make = lambda: _retrieval(plan, model, tokenizer, task, length, text)  # noqa: B023, E731
+            make = partial(_retrieval, plan, model, tokenizer, task, length, text)
             fields[name]["retrieval"].append(stage(f"{name}.{task}.{length}", make))
-    timed = stage("cost", lambda: _costs(plan, models, on_progress))
+    timed = stage("cost", partial(_costs, plan, models, on_progress))
     for name in models:
         passkeys = [entry for entry in fields[name]["retrieval"] if entry["task"] == "passkey"]
         if passkeys:
@@ -156,8 +160,14 @@ def _quality(
 
 
 def _densities(applied: Combined) -> dict[str, Any]:
+    """What the steps counted while the text was evaluated; attention says which prompts it left dense."""
     heads = [step.head_density().tolist() for step in applied.steps if hasattr(step, "head_density")]
-    return {"density": applied.density(), "head_density": heads[-1] if heads and heads[-1] else None}
+    notes = [
+        [f"Left dense {count} times while the text was evaluated: {why}." for why, count in dense.items()]
+        for dense in (step.state().get("dense_prompts", {}) for step in applied.steps)
+    ]
+    found = heads[-1] if heads and heads[-1] else None
+    return {"density": applied.density(), "head_density": found, "notes": notes}
 
 
 def _retrieval(
@@ -205,6 +215,6 @@ def _costs(plan: Plan, models: dict[str, nn.Module], on_progress: Progress) -> d
         fields[name]["decode_ms_per_token_high"] = timing.max
     for name, model in models.items():
         on_progress(f"{name}: FLOPs and memory of a prefill")
-        fields[name]["flops"] = float(flops(lambda: cost.prefill(model, prompt)))  # noqa: B023
-        fields[name]["peak_memory_mb"] = peak_memory_mb(lambda: cost.prefill(model, prompt), model=model)  # noqa: B023
+        run = partial(cost.prefill, model, prompt)
+        fields[name] |= {"flops": float(flops(run)), "peak_memory_mb": peak_memory_mb(run, model=model)}
     return fields

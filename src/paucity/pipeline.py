@@ -118,7 +118,8 @@ def run(
     tell("saving")
     if not (folder.partial / "model").exists():
         save(sparse, folder.partial / "model", extra=applied.state())
-    for record, step in zip(records, applied.steps, strict=True):
+    for record, step, notes in zip(records, applied.steps, facts["notes"], strict=True):
+        record.notes += notes
         kept = [facts["density"][site] for site in step.density() if site in facts["density"]]
         record.density = sum(kept) / len(kept) if kept else None
     evaluated = TextFacts(names=[recipe.measure.text], tokens=facts["num_tokens"], bytes=facts["num_bytes"])

@@ -5,7 +5,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 from paucity.checks import InputError
 from paucity.measure.data import tiny_stories
@@ -56,10 +55,25 @@ def test_byte_tokenizer_is_the_bytes(text):
     assert len(tokenizer) == 257
 
 
+def test_a_vocabulary_of_the_bytes_alone_has_no_end_token():
+    tokenizer = byte_tokenizer(256)
+    assert tokenizer.encode("né") == [*"né".encode()]
+    assert (len(tokenizer), tokenizer.bos_token_id) == (256, None)
+
+
+def test_a_configuration_without_weights_is_random_and_says_so(tiny_model, tmp_path):
+    tiny_model("qwen3", vocab_size=300).config.save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    first, second = load(tmp_path), load(str(tmp_path))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert any("without weights: they are random" in note for note in first.notes)
+    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_bad_sources(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
-    LlamaConfig(vocab_size=8).save_pretrained(tmp_path / "weightless")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "unknown").mkdir()
@@ -67,7 +81,6 @@ def test_bad_sources(tiny_model, tmp_path, monkeypatch):
     cases = {
         str(tmp_path / "absent"): "a folder that exists",
         tmp_path / "empty": "a Hugging Face folder with a config.json",
-        tmp_path / "weightless": "be a readable Hugging Face folder",
         tmp_path / "broken": "be a readable Hugging Face folder",
         tmp_path / "unknown": "be a readable Hugging Face folder",
         "nobody/no-such-model": "a hub id that can be reached .*offline mode is enabled",
@@ -81,8 +94,8 @@ def test_bad_sources(tiny_model, tmp_path, monkeypatch):
         load(nn.Linear(1, 1), dtype="flot16")
     with pytest.raises(InputError, match=r"load: device must be a device of this machine, got abacus"):
         load(nn.Linear(1, 1), device="abacus")
-    with pytest.raises(InputError, match=r"vocab_size must be at least 257, got 256"):
-        byte_tokenizer(256)
+    with pytest.raises(InputError, match=r"vocab_size must be at least 256, got 255"):
+        byte_tokenizer(255)
 
 
 def test_missing_weights_are_refused(tiny_model, tmp_path):

@@ -10,7 +10,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ..checks import InputError, InputTypeError, check_choice, check_int, fail
 
@@ -34,6 +40,8 @@ _TOKENIZER_FILES = (
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NUM_BYTES = 256
 _END = "<|endoftext|>"
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 
 # What a folder that cannot be read raises in transformers.
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -74,6 +82,7 @@ def load(
     Args:
         source: ``"embedded"`` (the shipped model), a Hugging Face folder, a hub id, or a module. A module is taken as
             it is: it is switched to eval mode, and converted in place where ``dtype`` or ``device`` asks for it.
+            A folder with a configuration and no weights at all gives random ones, and a note.
         tokenizer: instead of the one of the source. A folder without tokenizer files gets `byte_tokenizer`, and a
             note, if its vocabulary is large enough; else the tokenizer is None.
         dtype: one of `DTYPES`; None keeps that of the source.
@@ -104,23 +113,26 @@ def load(
 
 
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Token ``b`` is the byte ``b`` of the UTF-8 text; token 256 begins a text and ends it.
+    """Token ``b`` is the byte ``b`` of the UTF-8 text; token 256, if there is room for it, begins a text and ends it.
 
     Args:
-        vocab_size: of the model, at least 257.
+        vocab_size: of the model, at least 256.
 
     Raises:
         InputError: if the vocabulary is too small.
     """
-    check_int("byte_tokenizer", "vocab_size", vocab_size, low=_NUM_BYTES + 1)
+    check_int("byte_tokenizer", "vocab_size", vocab_size, low=_NUM_BYTES)
     # The byte-level alphabet: printable bytes stand for themselves, the others for the code points from 256 on.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(_NUM_BYTES) if byte not in printable]
     vocab = {chr(byte) if byte in printable else chr(256 + hidden.index(byte)): byte for byte in range(_NUM_BYTES)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab | {_END: _NUM_BYTES}, merges=[]))
-    tokenizer.add_special_tokens([AddedToken(_END, special=True, normalized=False)])
+    has_end = vocab_size > _NUM_BYTES
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | ({_END: _NUM_BYTES} if has_end else {}), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if not has_end:
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.add_special_tokens([AddedToken(_END, special=True, normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{_END} $A", pair=f"{_END} $A $B", special_tokens=[(_END, _NUM_BYTES)]
     )
@@ -141,7 +153,13 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Loa
         raise fail("load", "source", "be 'embedded', a hub id or a folder that exists", folder)
     if not (folder / "config.json").is_file():
         raise fail("load", "source", "be a Hugging Face folder with a config.json", folder)
-    loaded = Loaded(_pretrained(str(folder), "be a readable Hugging Face folder", local=True), tokenizer, str(folder))
+    constraint, notes = "be a readable Hugging Face folder", list[str]()
+    if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
+        model = _pretrained(str(folder), constraint, local=True)
+    else:
+        model = _random(str(folder), constraint)
+        notes.append(f"{folder} holds a configuration without weights: they are random numbers.")
+    loaded = Loaded(model, tokenizer, str(folder), notes)
     if tokenizer is not None:
         return loaded
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -151,7 +169,7 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Loa
             raise fail("load", "source", "have a readable tokenizer", f"{folder} ({_first_line(error)})") from error
         return loaded
     vocab_size = getattr(loaded.model.config, "vocab_size", 0)
-    if vocab_size > _NUM_BYTES:
+    if vocab_size >= _NUM_BYTES:
         loaded.tokenizer = byte_tokenizer(vocab_size)
         loaded.notes.append(f"{folder} has no tokenizer: every byte of a text is one token.")
     else:
@@ -191,6 +209,18 @@ def _pretrained(name: str, constraint: str, *, local: bool) -> nn.Module:
         raise InputError(f"load: source must hold all weights, got {name} without {len(missing)} of them: {some}.")
     loaded: nn.Module = model
     return loaded
+
+
+def _random(name: str, constraint: str) -> nn.Module:
+    """A model of the configuration in a folder, the same at every call; the caller's random numbers are left alone."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise fail("load", "source", constraint, f"{name} ({_first_line(error)})") from error
+    return model
 
 
 def _first_line(error: BaseException) -> str:
