@@ -22,6 +22,7 @@ from ..ops import budget
 from .base import AppliedActivations, Setting, gate_activation
 from .cats import cats_threshold
 from .teal import teal_threshold
+from .wina import column_norm, wina_score
 
 _SAMPLE_ENTRIES = 2**26  # calibration activations held at once, over all sites
 _MIN_SAMPLE_TOKENS = 256
@@ -47,6 +48,7 @@ class TealOptions(BaseModel):
     sparsity: _Fraction = Field(default=0.5, description="fraction of inputs dropped, weighted by the weights' sizes")
     allocation: Literal["uniform", "greedy"] = "greedy"
     step: _Step = Field(default=0.05, description="greedy move of a site of its block's mean size")
+    selector: Literal["threshold", "topk"] = Field(default="threshold", description="calibrated, or k of each token")
     sites: tuple[str, ...] = ("linear",)
 
 
@@ -54,6 +56,7 @@ class WinaOptions(TealOptions):
     """Options of ``wina``."""
 
     step: _Step = Field(default=0.025, description="greedy move of a site of its block's mean size")
+    selector: Literal["threshold", "topk"] = Field(default="topk", description="calibrated, or k of each token")
 
 
 _INPUT_OPTIONS: dict[str, type[TealOptions]] = {"teal": TealOptions, "wina": WinaOptions}
@@ -75,7 +78,7 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: lis
         loaded: the model; it is put in eval mode.
         method: ``cats``, ``teal`` or ``wina``.
         options: of the type that `options_for` names.
-        calibration: ``input_ids [1, T]`` int64; not needed by ``wina`` with uniform allocation.
+        calibration: ``input_ids [1, T]`` int64; not needed for top-k with uniform allocation.
 
     Raises:
         InputError: if the model lacks the sites, there is no calibration where it is needed, or an activation is not
@@ -109,17 +112,20 @@ def _linear_sites(model: nn.Module, kinds: Sequence[str]) -> tuple[list[Site], l
 def _input_settings(
     model: nn.Module, method: str, sites: Sequence[Site], options: TealOptions, calibration: Sequence[Tensor]
 ) -> dict[str, Setting]:
-    if not calibration and (method == "teal" or options.allocation == "greedy"):
+    calibrated = options.selector == "threshold"
+    if not calibration and (calibrated or options.allocation == "greedy"):
         raise fail("apply_step", "calibration", f"hold at least one batch of tokens for {method}", "none")
     samples: dict[str, Tensor] = {}
-    if method == "teal":
+    if calibrated:
         width = sum(weight_view(model, site).shape[-1] for site in sites)
         tokens = max(_MIN_SAMPLE_TOKENS, _SAMPLE_ENTRIES // width)
         samples = input_samples(model, sites, calibration, max_tokens=tokens)
+        if method == "wina":
+            samples = {s.name: wina_score(samples[s.name], column_norm(weight_view(model, s))) for s in sites}
 
     @cache
     def setting(name: str, sparsity: float) -> Setting:
-        if method == "wina":
+        if not calibrated:
             return Setting(sparsity)
         try:
             return Setting(sparsity, teal_threshold(samples[name], sparsity=sparsity))

@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_choice, fail
 from ..models.sites import Site, find_sites, weight_view
+from ..ops.select import threshold_mask, topk_mask
 from .cats import cats_mask
 from .teal import teal_mask
-from .wina import column_norm, wina_mask
+from .wina import column_norm, wina_mask, wina_score
 
 METHODS = ("cats", "teal", "wina")
 """The methods that `AppliedActivations` installs."""
@@ -28,7 +29,7 @@ class Setting:
 
     Args:
         sparsity: fraction to drop.
-        threshold: largest magnitude dropped; None where each token keeps its top-k.
+        threshold: largest score dropped; None where each token keeps its top-k.
     """
 
     sparsity: float
@@ -169,10 +170,16 @@ def gate_activation(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _mask_of(model: nn.Module, method: str, site: Site, setting: Setting) -> Callable[[Tensor], Tensor]:
-    if method == "wina":
-        norm = column_norm(weight_view(model, site))
-        return lambda x: wina_mask(x, norm.to(x.device), sparsity=setting.sparsity)
-    if setting.threshold is None:
-        raise fail("AppliedActivations", "settings", f"hold a threshold for {method}", f"none for {site.name}")
-    threshold, mask = setting.threshold, cats_mask if method == "cats" else teal_mask
-    return lambda x: mask(x, threshold)
+    sparsity, threshold = setting.sparsity, setting.threshold
+    if method == "cats":
+        if threshold is None:
+            raise fail("AppliedActivations", "settings", "hold a threshold for cats", f"none for {site.name}")
+        return lambda x: cats_mask(x, threshold)
+    if method == "teal":
+        if threshold is None:
+            return lambda x: topk_mask(x, sparsity=sparsity, by_abs=True)
+        return lambda x: teal_mask(x, threshold)
+    norm = column_norm(weight_view(model, site))
+    if threshold is None:
+        return lambda x: wina_mask(x, norm.to(x.device), sparsity=sparsity)
+    return lambda x: threshold_mask(wina_score(x, norm.to(x.device)), threshold)

@@ -4,7 +4,8 @@ Paper: Chen et al. 2025, https://arxiv.org/abs/2505.19427, Eq. 4 and Algorithm 1
 makes weight matrices column-orthogonal (section 3.3), under which the error bound is optimal and after which the
 official code takes every column norm but those of k and gate as one; here the norms of the weights as they are count
 at every site. Different from the official code: the top K of each token, as the paper has it, where the code's
-evaluation compares with a calibrated threshold; and every token is made sparse, where the code leaves 1 % dense.
+evaluation compares with a calibrated threshold (``selector: threshold`` does that); and every token is made sparse,
+where the code leaves 1 % dense.
 """
 
 import torch

@@ -19,7 +19,7 @@ CLAIMS: dict[str, Claim] = {
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
-        "At 50 % unstructured sparsity and without retraining, Wanda keeps a language model far better than magnitude.",
+        "At 50 % unstructured sparsity, without retraining, Wanda keeps a language model better than magnitude does.",
     ),
     "wina-beats-teal": Claim(
         "wina_beats_teal",
