@@ -44,6 +44,5 @@ def card() -> str:
 
 
 def readme() -> str:
-    """The README without its picture, whose path is not the site's."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith("!["))
+    """The README, its links into this folder made relative to it."""
+    return (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")

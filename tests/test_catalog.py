@@ -79,3 +79,10 @@ def test_the_command_line_and_the_catalogue_do_not_import_torch():
     code = "import sys, paucity, paucity.cli, paucity.catalog; print({'torch', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_the_readme_lists_every_method_by_family():
+    readme = Path("README.md").read_text(encoding="utf-8")
+    for family in families():
+        names = ", ".join(f"`{name}`" for name, method in sorted(METHODS.items()) if method.family == family)
+        assert f"| {family} | {names} |" in readme
