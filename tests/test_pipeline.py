@@ -162,8 +162,9 @@ def test_a_real_pretrained_llama_on_stories(stories260k, tmp_path):
     text, calibration = tmp_path / "stories.txt", tmp_path / "calibration.txt"
     text.write_text("\n".join(tiny_stories()[:20]))
     calibration.write_text("\n".join(tiny_stories()[100:140]))
-    recipe = Recipe.build(model=str(stories260k), steps=STEPS, **SMALL)
+    mild = [{"method": "wanda", "sparsity": 0.2}, {"method": "sink_window", "min_length": 64, "window_size": 64}]
+    recipe = Recipe.build(model=str(stories260k), steps=mild, **SMALL)
     report = run(recipe.using(text=str(text), calibration_text=str(calibration)), tmp_path / "out")
     assert report.dense.perplexity < 6
-    assert report.dense.bits_per_byte < report.sparse.bits_per_byte < 1.5 * report.dense.bits_per_byte
+    assert report.dense.bits_per_byte < report.sparse.bits_per_byte < 1.2 * report.dense.bits_per_byte
     assert Path(tmp_path / "out" / "model" / "config.json").is_file()

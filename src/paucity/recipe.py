@@ -1,5 +1,6 @@
 """Recipe: what to make sparse, how, and what to measure; a validated model, from YAML or built in Python."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,19 +140,19 @@ def _one_line(error: ValidationError, where: str, data: Any) -> str:
     first = error.errors()[0]
     path = [part for part in first["loc"] if part != "options"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], data)
         near = did_you_mean(str(path[-1]), known)
-        return f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}.{more}"
+        return f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}."
     if first["type"] == "missing":
-        return f"{where}: {name} must be given.{more}"
+        return f"{where}: {name} must be given."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    if " must " in message:  # a check of this package: its own words, without the place that is named already
-        return f"{where}: {'.'.join(part for part in (name, message.removeprefix('options: ')) if part)}.{more}"
+    if " must " in message:  # a check of this package: its own words, with the place instead of the function
+        message = re.sub(r"^\w+: ", "", message)
+        return f"{where}: {'.'.join(part for part in (name, message) if part)}."
     _, found, constraint = message.partition(" should ")
     constraint = constraint if found else f"be valid ({message})"
-    return f"{where}: {name} must {constraint}, got {first['input']!r}.{more}"
+    return f"{where}: {name} must {constraint}, got {first['input']!r}."
 
 
 def _known_keys(path: list[int | str], data: Any) -> list[str]:
