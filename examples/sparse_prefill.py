@@ -8,7 +8,7 @@ from paucity.attention.vertical_slash import VerticalSlash
 from paucity.measure.data import held_out_python
 
 loaded = load("embedded")
-ids = loaded.tokenizer(held_out_python(), return_tensors="pt").input_ids[:, :2048]
+ids = loaded.tokenizer(held_out_python(), return_tensors="pt", truncation=True, max_length=2048).input_ids
 
 applied = apply(loaded.model, VerticalSlash(vertical_share=0.05, slash_share=0.05))
 with torch.no_grad():

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from paucity.checks import InputError
-from paucity.models.calibration import calibration_batches, starts_with_bos
+from paucity.models.calibration import calibration_batches
 from paucity.models.load import byte_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
@@ -29,7 +29,6 @@ def test_windows_are_pieces_of_the_text():
 
 
 def test_no_bos_where_the_tokenizer_puts_none(without_bos):
-    assert not starts_with_bos(without_bos)
     batches = calibration_batches(without_bos, TEXT, num_samples=5, length=9, seed=0)
     assert all(batch.shape == (1, 9) and (batch != 0).all() for batch in batches)
 

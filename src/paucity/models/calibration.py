@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import InputTypeError, check_int, fail
+from ..measure.tokens import encode, leading_ids
 
 
 def calibration_batches(
@@ -29,8 +30,8 @@ def calibration_batches(
     check_int("calibration_batches", "length", length, low=2)
     if not isinstance(text, str):
         raise InputTypeError(f"calibration_batches: text must be a string, got {type(text).__name__}.")
-    prefix = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.int64)
+    prefix = leading_ids(tokenizer)
+    tokens = torch.tensor(encode(tokenizer, text), dtype=torch.int64)
     size = length - len(prefix)
     if tokens.numel() < size:
         got = f"{tokens.numel()} tokens ({len(text)} characters)"
@@ -39,9 +40,3 @@ def calibration_batches(
     starts = torch.randint(tokens.numel() - size + 1, (num_samples,), generator=generator).tolist()
     head = torch.tensor(prefix, dtype=torch.int64)
     return [torch.cat([head, tokens[start : start + size]]).unsqueeze(0) for start in starts]
-
-
-def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` puts its beginning-of-sequence token before a text (GPT-2's has one and does not)."""
-    ids = tokenizer.encode("a")
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
