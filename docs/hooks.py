@@ -29,11 +29,11 @@ def methods() -> str:
                     f"### `{name}`\n",
                     f"*{method.title}*, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}).\n",
                 ]
-                parts += ["| option | default |", "|---|---|"]
+                parts += ["| option | default | what it is |", "|---|---|---|"]
                 options_for, _ = method.installer()
                 for option, field in options_for(name).model_fields.items():
                     default = "required" if field.is_required() else f"`{field.default}`"
-                    parts.append(f"| `{option}` | {default} |")
+                    parts.append(f"| `{option}` | {default} | {field.description or ''} |")
                 parts.append("")
     return "\n".join(parts)
 

@@ -158,3 +158,25 @@ def test_bad_input(tiny_model):
         options_for("wna")
     with pytest.raises(InputError, match="settings must name sites of the model"):
         AppliedActivations.from_state(gpt2, apply(llama, "wina", allocation="uniform").state())
+
+
+def test_both_methods_take_both_selectors(tiny_model):
+    model = tiny_model("llama")
+    ids = tokens(1, 40)[0]
+    site = next(s for s in find_sites(model, ("down",)) if s.layer == 0)
+    inputs = input_samples(model, [site], [ids], max_tokens=1000)[site.name]
+    norm = column_norm(weight_view(model, site))
+    scores = {"teal": inputs.abs(), "wina": inputs.abs() * norm}
+    for method, score in scores.items():
+        options = options_for(method)(sparsity=0.5, allocation="uniform", selector="topk", sites=("down",))
+        applied = apply_step(Loaded(model, None, "test"), method, options, [])
+        model(ids)
+        assert applied.density()[site.name] == 0.5
+        applied.remove()
+        options = options_for(method)(sparsity=0.5, allocation="uniform", selector="threshold", sites=("down",))
+        applied = apply_step(Loaded(model, None, "test"), method, options, [ids])
+        wanted = score.flatten().kthvalue(score.numel() // 2).values
+        assert applied.settings[site.name].threshold == pytest.approx(wanted.item(), rel=1e-5)
+        model(ids)
+        assert applied.density()[site.name] == pytest.approx(0.5, abs=1 / score.numel())
+        applied.remove()
