@@ -24,7 +24,7 @@ bench: $(INSTALLED)
 docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
-$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/info.cpp
+$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

@@ -4,7 +4,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from ..kernels import native
+from ..kernels import dispatch
 from .schema import Environment
 
 
@@ -21,7 +21,7 @@ def environment() -> Environment:
         cpu=_cpu(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),
-        kernels=native.status(),
+        kernels=dispatch.status(),
     )
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_bool, check_floating, check_int, check_ndim, check_shape, fail
-from ..ops.formats.block import BlockMask
-from ..ops.formats.stripes import KeyLists, Window, causal_mask
-from ..ops.indices import mask_to_indices
+from ...checks import check_bool, check_floating, check_int, check_ndim, check_shape, fail
+from ...ops.formats.block import BlockMask
+from ...ops.formats.stripes import KeyLists, Window, causal_mask
+from ...ops.indices import mask_to_indices
 
 Pattern = BlockMask | KeyLists | Window
 
