@@ -15,8 +15,8 @@ class BlockMask:
     """Which blocks of keys each block of queries sees, for each batch entry and head.
 
     Positions are aligned at the end: query ``i`` stands at key position ``i + kv_len - q_len``. The last block of
-    either side is short where the length is no multiple. A block map says nothing about the elements inside a block;
-    the causal cut inside blocks is asked for where it matters (``to_dense``, ``density``).
+    either side is short where the length is no multiple. A kept block is kept whole unless it is partial, with a mask
+    of its own; the causal cut inside blocks is asked for where it matters (``to_dense``, ``density``).
 
     Attributes:
         blocks: bool ``[B, H, ceil(q_len / q_block), ceil(kv_len / k_block)]``, True is kept; ``B`` and ``H`` may be
@@ -25,6 +25,9 @@ class BlockMask:
         k_block: keys in a block.
         q_len: queries.
         kv_len: keys.
+        partial: int32, the shape of ``blocks``: the entry of ``elements`` that says which elements of a kept block
+            stay, -1 where all do; None where no block is partial.
+        elements: bool ``[num_partial, q_block, k_block]``, True is kept; None where no block is partial.
     """
 
     blocks: Tensor
@@ -32,6 +35,8 @@ class BlockMask:
     k_block: int
     q_len: int
     kv_len: int
+    partial: Tensor | None = None
+    elements: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError unless the parts fit together."""
