@@ -12,9 +12,9 @@ __all__ = ["sparse_conv1x1"]
 def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, stride: int = 1) -> Tensor:
     """``conv(x, weight) + bias`` with a kernel of size 1, multiplying the stored values only.
 
-    Gradients flow to ``x``, ``bias`` and ``weight.values``, where these require them; the weight's gradient is computed
-    at the stored entries only. Sums are taken in float32 (float64 for float64). A weight so dense that the dense product
-    is faster runs dense, which `paucity.kernels.dispatch.dense_runs` counts.
+    Gradients flow to ``x``, ``bias`` and ``weight.values``, where these require them; the weight's gradient is
+    computed at the stored entries only. Sums are taken in float32 (float64 for float64). A weight so dense that the
+    dense product is faster runs dense, which `paucity.kernels.dispatch.dense_runs` counts.
     Paper: Elsen et al. 2019 (Fast Sparse ConvNets), https://arxiv.org/abs/1911.09723.
 
     Args:
@@ -50,8 +50,9 @@ def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, 
     if bias is not None:
         check_shape("sparse_conv1x1", "bias", bias, weight.shape[0])
     if stride > 1:
-        given = given[(..., *[slice(None, None, stride)] * (given.ndim - 2))]
+        for dim in range(2, given.ndim):
+            given = given[(slice(None),) * dim + (slice(None, None, stride),)]
     flat = given.reshape(*given.shape[:2], given.shape[2:].numel())
-    out = op.spmm(weight.values, weight.columns, weight.row_offsets, flat, bias)
+    out: Tensor = op.spmm(weight.values, weight.columns, weight.row_offsets, flat, bias)
     out = out.view(given.shape[0], weight.shape[0], *given.shape[2:])
     return out if x.ndim == batched else out.squeeze(0)

@@ -6,4 +6,14 @@ from .csr import PackedCSR
 from .masks import Masks, SparsityReport
 from .packed import PackedBitmask, PackedNM, pack_bits, unpack_bits
 
-__all__ = ["BlockMask", "Codes", "Masks", "PackedBitmask", "PackedCSR", "PackedNM", "SparsityReport", "pack_bits", "unpack_bits"]
+__all__ = [
+    "BlockMask",
+    "Codes",
+    "Masks",
+    "PackedBitmask",
+    "PackedCSR",
+    "PackedNM",
+    "SparsityReport",
+    "pack_bits",
+    "unpack_bits",
+]

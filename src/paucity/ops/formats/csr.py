@@ -119,7 +119,7 @@ class PackedCSR:
             raise fail("PackedCSR.from_tensors", "tensors", wanted, f"none named {', '.join(missing)}")
         check_shape("PackedCSR.from_tensors", "shape", tensors["shape"], None)
         shape = torch.Size(map(int, tensors["shape"].tolist()))
-        packed = cls(*(tensors[name] for name in names[:3]), shape)
+        packed = cls(tensors["values"], tensors["columns"], tensors["row_offsets"], shape)
         ends = packed.row_offsets[[0, -1]].tolist()
         if (packed.row_offsets.diff() < 0).any() or ends != [0, len(packed.values)]:
             wanted = f"ascend from 0 to the number of values ({len(packed.values)})"
