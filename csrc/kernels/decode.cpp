@@ -23,8 +23,9 @@ constexpr int MOST_ROWS = 8, SUMS = 16;
 #else
 constexpr int MOST_ROWS = 4, SUMS = 4;  // of the sixteen registers, f32x16 takes two or four
 #endif
+constexpr int64_t CHUNKS = 32;  // at least, where there are keys enough: to balance a few threads
 constexpr int64_t TILE = 32;   // keys whose values stay in L1 while slice after slice of their columns is added up
-constexpr int64_t AHEAD = 16;  // rows between the one in use and the one that is asked for
+constexpr int64_t AHEAD = 32;  // rows between the one in use and the one that is asked for
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -37,8 +38,9 @@ struct Unit {
   static constexpr int64_t COLUMNS = 16;
   static constexpr int64_t PAIR = 1;  // keys that one product with the values takes
   INLINE Vector load(const T *p) { return ::load(p); }
+  INLINE Vector load_query(const float *p) { return ::load(p); }
   INLINE Vector load_n(const T *p, int64_t n) { return ::load_n(p, n); }
-  INLINE f32x16 dot(f32x16 sum, const float *q, Vector k) { return sum + ::load(q) * k; }
+  INLINE f32x16 dot(f32x16 sum, Vector q, Vector k) { return sum + q * k; }
 };
 
 #if defined(__AVX512BF16__)
@@ -52,8 +54,9 @@ struct Unit<bf16> {
   INLINE Vector load_n(const bf16 *p, int64_t n) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << n) - 1, p);
   }
-  INLINE f32x16 dot(f32x16 sum, const bf16 *q, Vector k) {
-    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(q), (__m512bh)k);
+  INLINE Vector load_query(const bf16 *p) { return load(p); }
+  INLINE f32x16 dot(f32x16 sum, Vector q, Vector k) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)q, (__m512bh)k);
   }
 };
 #endif
@@ -90,8 +93,9 @@ INLINE f32x16 sum_each(const f32x16 *v) {
 #endif
 }
 
-INLINE void prefetch_row(const void *row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)row + at, 0, 3);
+// Into L2: asking for that much at once would keep L1 waiting.
+INLINE void ask_for(const void *row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)row + at, 0, 2);
 }
 
 INLINE f32x16 tanh_of(f32x16 x) {
@@ -118,21 +122,32 @@ void products(const Sizes &s, const Work &w, const T *key, int64_t n) {
   const typename U::Q *query = (const typename U::Q *)w.query;
   const int64_t whole = s.dim / U::COLUMNS * U::COLUMNS, width = ceil_div(s.dim, U::COLUMNS) * U::COLUMNS;
   const int64_t bytes = s.dim * (int64_t)sizeof(T);
+  for (int64_t k = 0; k < AHEAD; k++) ask_for(key + w.at[k] * s.key_row, bytes);
   for (int64_t first = 0; first < n; first += LANES) {
     const int64_t stop = min_of(LANES, n - first);
-    for (int64_t j = 0; j < stop; j++) {
-      const T *row = key + w.at[first + j] * s.key_row;
-      prefetch_row(key + w.at[first + j + AHEAD] * s.key_row, bytes);
-      f32x16 sum[R] = {};
+    for (int64_t j = 0; j < stop; j += 2) {  // two keys at a time halve what is loaded of the queries
+      const int32_t *at = w.at + first + j;
+      const T *a = key + at[0] * s.key_row, *b = key + at[1] * s.key_row;
+      ask_for(key + at[AHEAD] * s.key_row, bytes);
+      ask_for(key + at[AHEAD + 1] * s.key_row, bytes);
+      f32x16 sum[R][2] = {};
       for (int64_t c = 0; c < whole; c += U::COLUMNS) {
-        const typename U::Vector k = U::load(row + c);
-        for (int r = 0; r < R; r++) sum[r] = U::dot(sum[r], query + r * width + c, k);
+        const typename U::Vector x = U::load(a + c), y = U::load(b + c);
+        for (int r = 0; r < R; r++) {
+          const typename U::Vector q = U::load_query(query + r * width + c);
+          sum[r][0] = U::dot(sum[r][0], q, x);
+          sum[r][1] = U::dot(sum[r][1], q, y);
+        }
       }
       if (whole < s.dim) {
-        const typename U::Vector k = U::load_n(row + whole, s.dim - whole);
-        for (int r = 0; r < R; r++) sum[r] = U::dot(sum[r], query + r * width + whole, k);
+        const typename U::Vector x = U::load_n(a + whole, s.dim - whole), y = U::load_n(b + whole, s.dim - whole);
+        for (int r = 0; r < R; r++) {
+          const typename U::Vector q = U::load_query(query + r * width + whole);
+          sum[r][0] = U::dot(sum[r][0], q, x);
+          sum[r][1] = U::dot(sum[r][1], q, y);
+        }
       }
-      for (int r = 0; r < R; r++) w.sums[r * LANES + j] = sum[r];
+      for (int r = 0; r < R; r++) w.sums[r * LANES + j] = sum[r][0], w.sums[r * LANES + j + 1] = sum[r][1];
     }
     for (int r = 0; r < R; r++) store(w.logits + r * w.most + first, sum_each(w.sums + r * LANES));
   }
@@ -191,8 +206,8 @@ void weigh(const Sizes &s, const Work &w, const T *value, int64_t first, int64_t
   if constexpr (U::PAIR == 2) {
     for (int64_t k = first; k < stop; k += 2) {
       const bf16 *a = value + w.at[k] * s.value_row + column, *b = value + w.at[k + 1] * s.value_row + column;
-      prefetch_row(value + w.at[k + AHEAD] * s.value_row, asked);
-      prefetch_row(value + w.at[k + 1 + AHEAD] * s.value_row, asked);
+      ask_for(value + w.at[k + AHEAD] * s.value_row, asked);
+      ask_for(value + w.at[k + 1 + AHEAD] * s.value_row, asked);
       __m512bh low[V], high[V];
       for (int v = 0; v < V; v++) {
         const __m512i x = tail ? U::load_n(a, tail) : U::load(a + 32 * v);
@@ -215,7 +230,7 @@ void weigh(const Sizes &s, const Work &w, const T *value, int64_t first, int64_t
   {
     for (int64_t k = first; k < stop; k++) {
       const T *row = value + w.at[k] * s.value_row + column;
-      prefetch_row(value + w.at[k + AHEAD] * s.value_row, asked);
+      ask_for(value + w.at[k + AHEAD] * s.value_row, asked);
       f32x16 x[V];
       for (int v = 0; v < V; v++) x[v] = tail ? ::load_n(row, tail) : ::load(row + LANES * v);
       for (int r = 0; r < R; r++) {
@@ -253,7 +268,7 @@ void attend(const Sizes &s, const Work &w, const T *query, int64_t row0, int64_t
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < s.dim; c++) from_float(copy + r * padded + c, to_float(query[(row0 + r) * s.dim + c]));
   products<T, R>(s, w, key, n);
-  for (int64_t k = 0; k < AHEAD; k++) prefetch_row(value + w.at[k] * s.value_row, s.value_dim * sizeof(T));
+  for (int64_t k = 0; k < AHEAD; k++) ask_for(value + w.at[k] * s.value_row, s.value_dim * sizeof(T));
   for (int r = 0; r < R; r++) {
     const int64_t high = length - s.queries + 1 + (row0 + r) % s.queries;
     const int64_t low = s.window ? max_of(high - s.window, 0) : 0;
@@ -365,9 +380,9 @@ bool out_of_range(const Sizes &s, const void *pages) {
 template <typename T>
 void decode(const Sizes &s, const Cache &c, T *out, float *lse, int64_t threads) {
   const int64_t lists = s.batch * s.kv_heads, listed = s.pages * s.page_size;
-  const int64_t share = ceil_div(lists * listed, 64);  // of a chunk; sixty-four of them balance any few threads
-  const int64_t most = ceil_div(max_of(min_of(share, 1024), 128), TILE) * TILE;
-  const int64_t chunks = ceil_div(listed, most), stride = s.rows;
+  const int64_t share = min_of(max_of(ceil_div(lists * listed, CHUNKS), 256), 1024);
+  const int64_t most = ceil_div(ceil_div(listed, max_of(ceil_div(listed, share), 1)), TILE) * TILE;
+  const int64_t chunks = listed ? ceil_div(listed, most) : 0, stride = s.rows;
   const int64_t width = ceil_div(s.value_dim, 32) * 32, padded = ceil_div(s.dim, 32) * 32;
   const int64_t parts = lists * chunks * s.rows;
   Scratch kept((2 + s.value_dim) * parts * sizeof(float));
