@@ -1,0 +1,121 @@
+"""Decode attention: one or a few queries against a long cache, of which only the listed pages are read."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checks import InputTypeError, check_bool, check_floating, check_int, check_ndim, check_range, check_shape, fail
+from .op import attend
+
+__all__ = ["decode_attention"]
+
+_NAME = "decode_attention"
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Tensor | None = None,
+    *,
+    page_size: int = 1,
+    lengths: Tensor | None = None,
+    padding: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` over the listed keys; nothing else of the cache is read.
+
+    Query ``i`` of ``Tq`` stands at position ``length - Tq + i`` and sees no later key. The cache may be a slice of a
+    larger buffer; it is not copied while its last dimension is contiguous. Where two sets of keys are disjoint, the
+    results of two calls merge by their lse: ``out = (out_1 e^lse_1 + out_2 e^lse_2) / (e^lse_1 + e^lse_2)``.
+
+    Made for inference: there are gradients for ``query``, ``key``, ``value`` and ``sinks``, but on every device they
+    are those of the readable reference, which gathers the listed keys and computes densely.
+
+    Args:
+        query: ``[B, H, Tq, D]`` float; a few queries, the newest of their row.
+        key: ``[B, Hkv, Tk, D]``, ``H`` a multiple of ``Hkv``, of the same dtype.
+        value: ``[B, Hkv, Tk, Dv]``, of the same dtype.
+        pages: ``[B or 1, Hkv or 1, n]`` int32 or int64: the pages that the queries of a KV head read, in any order and
+            without repeats (a page listed twice counts twice); -1 is none. None is every page.
+        page_size: page ``p`` is the keys ``p * page_size`` to ``(p + 1) * page_size - 1``; 1 lists single keys.
+        lengths: ``[B]`` int32 or int64, keys that count in each row, ``Tk`` by default.
+        padding: ``[B, Tk]`` bool, False where a key is padding.
+        scale: factor on the products, ``1 / sqrt(D)`` by default.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        window: keys visible, self included, on top of the pages.
+        sinks: ``[H]`` float, a learned logit of each head that takes part in the softmax and has no value.
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        ``[B, H, Tq, Dv]`` in the dtype of ``query``, 0 where a query sees no key; with ``return_lse`` also
+        ``[B, H, Tq]`` float32 (float64 for float64), -inf where a query sees neither key nor sink.
+
+    Raises:
+        InputError: if shapes or dtypes do not fit, or a page or a length is out of range.
+    """
+    _check(query, key, value, pages, page_size, lengths, padding, softcap, window, sinks)
+    if lengths is not None:
+        lengths = lengths.long()
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    out, lse = attend(query, key, value, pages, lengths, padding, page_size, scale, softcap, window)
+    if sinks is not None:
+        sink = sinks.to(lse.dtype).view(-1, 1)
+        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
+        lse = torch.logaddexp(lse, sink)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Tensor | None,
+    page_size: int,
+    lengths: Tensor | None,
+    padding: Tensor | None,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> None:
+    check_ndim(_NAME, "query", query, 4)
+    check_floating(_NAME, "query", query)
+    batch, heads, _, dim = query.shape
+    check_shape(_NAME, "key", key, batch, None, None, dim)
+    _, kv_heads, keys, _ = key.shape
+    check_shape(_NAME, "value", value, batch, kv_heads, keys, None)
+    for argument, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise InputTypeError(f"{_NAME}: {argument} must be {query.dtype} like query, got {tensor.dtype}.")
+    if kv_heads == 0 or heads % kv_heads:
+        raise fail(_NAME, "query", f"have a multiple of {kv_heads} heads", heads)
+    check_int(_NAME, "page_size", page_size)
+    if pages is not None:
+        check_ndim(_NAME, "pages", pages, 3)
+        _check_integers("pages", pages)
+        if pages.shape[0] not in (1, batch) or pages.shape[1] not in (1, kv_heads):
+            raise fail(_NAME, "pages", f"fit {batch} rows and {kv_heads} heads of keys", list(pages.shape))
+    if lengths is not None:
+        check_shape(_NAME, "lengths", lengths, batch)
+        _check_integers("lengths", lengths)
+    if padding is not None:
+        check_bool(_NAME, "padding", padding)
+        check_shape(_NAME, "padding", padding, batch, keys)
+    if softcap is not None:
+        check_range(_NAME, "softcap", softcap, 0, open_low=True)
+    if window is not None:
+        check_int(_NAME, "window", window)
+    if sinks is not None:
+        check_floating(_NAME, "sinks", sinks)
+        check_shape(_NAME, "sinks", sinks, heads)
+
+
+def _check_integers(argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise InputTypeError(f"{_NAME}: {argument} must be int32 or int64, got {tensor.dtype}.")
