@@ -15,7 +15,7 @@ class Problem:
     """``softmax(softcap(scale * q k^T) + bias) v`` over the keys that a query sees; checked by who makes it.
 
     Query ``i`` of ``Tq`` stands at key position ``i + Tk - Tq``. It sees a key that the pattern keeps, that is no
-    padding, with ``causal`` not later than itself, and with ``window`` one of the last ``window`` keys, itself included.
+    padding, with ``causal`` not later than itself, and with ``window`` one of its last ``window`` keys, self included.
 
     Attributes:
         pattern: which keys a block of queries sees; a `Window` is causal and exact for every query.
