@@ -73,8 +73,8 @@ def sparse_attention(
     """``softmax(softcap(scale * q k^T) + bias) v`` over the keys that the pattern keeps and that the query may see.
 
     Differentiable in query, key, value, bias and sinks, and through the logsumexp; not twice. Where the native kernels
-    are not there, neither gradients nor the logsumexp are asked for, and the pattern keeps so much that the tiles
-    would lose to it, it runs as dense attention with a mask (`paucity.kernels.dispatch.dense_runs` tells).
+    are not there, neither gradients nor the logsumexp are asked for, and the pattern keeps everything, so that tiles
+    would lose, it runs as dense attention (`paucity.kernels.dispatch.dense_runs` tells).
 
     Args:
         query: ``[B, H, Tq, D]`` float, the last ``Tq`` of the ``Tk`` tokens.

@@ -11,7 +11,8 @@ from ...checks import fail
 from ...ops.formats.block import BlockMask
 from ...ops.formats.stripes import KeyLists, Window
 from .. import dispatch
-from . import dense
+from . import dense, reference
+from .pairs import kept_pairs
 from .problem import Pattern, Problem
 
 KERNEL = "sparse attention"
@@ -61,11 +62,13 @@ def sparse_attention_op(
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     _check_positions(problem, key.shape[2])
     chosen = dispatch.twin(KERNEL, query)
-    if chosen == "reference" and not need_lse and (reason := dense.faster(query, key, problem)):
+    if chosen != "reference":
+        out, lse = _module(chosen).forward(query, key, value, problem)
+        return out, lse
+    if not need_lse and (reason := dense.reason(query, key, problem)):
         dispatch.note_dense(KERNEL, reason)
         return dense.attention(query, key, value, problem), _lse_like(query).fill_(torch.nan)
-    out, lse = _module(chosen).forward(query, key, value, problem)
-    return out, lse
+    return reference.forward(query, key, value, problem, need_lse=need_lse)
 
 
 @torch.library.custom_op("paucity::sparse_attention_backward", mutates_args=())
@@ -151,14 +154,12 @@ sparse_attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _pairs(query: Tensor, key: Tensor, *args: Any) -> float:
-    """Pairs of a query and a key, of all heads, that are computed; ``args`` as `flat` gives them."""
+    """Pairs of a query and a key that it sees, of all heads; ``args`` as `flat` gives them."""
     kind, index, extra, elements, q_block, k_block, window_size, num_sinks = args[:8]
     padding, bias, scale, softcap, window, causal = args[8:14]
     pattern = _pattern(query, key, kind, index, extra, elements, q_block, k_block, window_size, num_sinks)
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
-    if args[14:] == (False,) and dispatch.twin(KERNEL, query) == "reference" and dense.faster(query, key, problem):
-        return dense.num_pairs(query, key, problem)
-    return dense.kept_pairs(query, key, problem)
+    return kept_pairs(query, key, problem)
 
 
 def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None) -> int:

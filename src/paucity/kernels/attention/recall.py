@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ops.formats.stripes import causal_mask
 from .check import check_problem
-from .dense import visible
+from .pairs import visible
 from .problem import Pattern, Problem
 
 

@@ -12,7 +12,9 @@ from .problem import Problem
 from .tiles import Tile, add_columns, add_rows, tiles
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, *, need_lse: bool = True
+) -> tuple[Tensor, Tensor]:
     """What `Problem` says, and the log of the sum over ``exp(logits)``.
 
     Args:
@@ -20,6 +22,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         key: ``[B, H_kv, Tk, D]``.
         value: ``[B, H_kv, Tk, Dv]``.
         problem: checked.
+        need_lse: whether the logsumexp is wanted; NaN, and a pass over the logits less, where it is not.
 
     Returns:
         Out ``[B, H, Tq, Dv]`` in the dtype of ``query``; logsumexp ``[B, H, Tq]`` float32, or float64 of float64.
@@ -28,7 +31,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     outs, sums = [], []
     blocks = torch.split(query * problem.scale, problem.pattern.q_block, dim=2)
     for rows, tile in zip(blocks, tiles(query, key, value, problem), strict=True):
-        prob, lse, _ = _attend(rows, tile, problem.softcap)
+        prob, lse, _ = _attend(rows, tile, problem.softcap, need_lse)
         outs.append((prob.to(query.dtype) @ tile.values).view(*rows.shape[:3], value.shape[-1]))
         sums.append(lse)
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
@@ -74,7 +77,7 @@ def backward(
         stop = min(first + problem.pattern.q_block, queries)
         here, first = slice(first, stop), stop
         rows = query[:, :, here] * problem.scale
-        prob, tile_lse, slope = _attend(rows, tile, problem.softcap)
+        prob, tile_lse, slope = _attend(rows, tile, problem.softcap, need_lse=True)
         long = (batch, tile.keys.shape[1], -1)  # the rows of all heads that share keys
         grad_rows = grad_out[:, :, here].reshape(*long, grad_out.shape[-1])
         # A query that sees nothing has no gradient, whatever is asked of its logsumexp.
@@ -96,7 +99,7 @@ def backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias
 
 
-def _attend(query: Tensor, tile: Tile, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _attend(query: Tensor, tile: Tile, softcap: float | None, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weights ``[B, heads, rows of all heads that share keys, n]``, logsumexp, slope of the soft cap."""
     batch, heads, rows, dim = query.shape
     wide, columns = _wide(query), tile.keys.shape[2]
@@ -112,12 +115,15 @@ def _attend(query: Tensor, tile: Tile, softcap: float | None) -> tuple[Tensor, T
         by_head = by_head.to(wide) + tile.bias
     for first, mask in tile.hidden:
         by_head[..., first : first + mask.shape[-1]].masked_fill_(mask, -torch.inf)
-    peak, prob = by_head.amax(-1).to(wide), by_head.softmax(-1, dtype=wide)
-    # The largest weight is exp(peak - logsumexp).
-    lse = peak - prob.amax(-1).log()
-    empty = peak == -torch.inf
-    if empty.any():
-        prob, lse = prob.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -torch.inf)
+    # Where no sum of the weights is asked for, they need no more digits than the product with the values has.
+    prob = by_head.softmax(-1, dtype=wide if need_lse else query.dtype)
+    lse = prob.new_full(prob.shape[:3], torch.nan, dtype=wide)
+    if need_lse:
+        lse = by_head.amax(-1).to(wide) - prob.amax(-1).log()  # the largest weight is exp(its logit - logsumexp)
+    if prob[..., 0].isnan().any():
+        empty = by_head.amax(-1) == -torch.inf
+        prob = prob.masked_fill(empty.unsqueeze(-1), 0.0)
+        lse = lse.masked_fill(empty, -torch.inf)
     return prob.view(score.shape), lse, slope
 
 
