@@ -89,11 +89,13 @@ static Unit unit_at(const Attention &p, const Plan &plan, int64_t b, int64_t kv_
   return u;
 }
 
-// The keys that any query of a unit may need, ascending, and which lane sees which.
+// The keys that any query of a unit may need, ascending, and which row sees which.
 struct Keys {
   int32_t *at;  // positions
   int64_t count;
   int32_t *low, *low_sink, *high;  // by row: the keys that it sees by position; none in the rows that fill a panel
+  int32_t *most_low, *least_high;  // by panel, over its rows
+  int32_t *row_head, *row_query;   // by row: head and query
   int64_t sink_end;
   const int32_t *partial;  // of this row of blocks
 
@@ -102,6 +104,10 @@ struct Keys {
     low = arena.take<int32_t>(plan.most_panels * TILE);
     low_sink = arena.take<int32_t>(plan.most_panels * TILE);
     high = arena.take<int32_t>(plan.most_panels * TILE);
+    most_low = arena.take<int32_t>(plan.most_panels);
+    least_high = arena.take<int32_t>(plan.most_panels);
+    row_head = arena.take<int32_t>(plan.most_panels * TILE);
+    row_query = arena.take<int32_t>(plan.most_panels * TILE);
   }
 
   void find(const Attention &p, const Unit &u) {
@@ -109,12 +115,26 @@ struct Keys {
     int64_t own = p.window ? p.window : p.keys + 1;
     int64_t size = p.kind == WINDOW ? min_of(own, p.window_size) : own;
     bool causal = p.causal || p.kind == WINDOW;
-    for (int64_t r = 0; r < ceil_div(u.rows, TILE) * TILE; r++) {
-      int64_t query = first + r % u.count;
-      low[r] = r < u.rows ? max_of(0, query - size + 1) : INT32_MAX;
-      low_sink[r] = r < u.rows ? max_of(0, query - own + 1) : INT32_MAX;
-      high[r] = r < u.rows ? (causal ? query : p.keys - 1) : -1;
+    int64_t r = 0;
+    for (int64_t head = u.head; head < u.head + u.heads; head++)
+      for (int64_t i = 0; i < u.count; i++, r++) {
+        int64_t query = first + i;
+        row_head[r] = (int32_t)head;
+        row_query[r] = (int32_t)(u.start + i);
+        low[r] = (int32_t)max_of(0, query - size + 1);
+        low_sink[r] = (int32_t)max_of(0, query - own + 1);
+        high[r] = (int32_t)(causal ? query : p.keys - 1);
+      }
+    for (int64_t panel = 0; panel * TILE < u.rows; panel++) {
+      int64_t stop = min_of(u.rows, (panel + 1) * TILE);
+      most_low[panel] = 0;
+      least_high[panel] = INT32_MAX;
+      for (int64_t i = panel * TILE; i < stop; i++) {
+        most_low[panel] = low[i] > most_low[panel] ? low[i] : most_low[panel];
+        least_high[panel] = high[i] < least_high[panel] ? high[i] : least_high[panel];
+      }
     }
+    for (; r % TILE; r++) low[r] = low_sink[r] = INT32_MAX, high[r] = -1;
     const uint8_t *valid = p.padding ? p.padding + u.b * p.keys : 0;
     int64_t from = max_of(0, first - size + 1), until = causal ? last + 1 : p.keys;
     int64_t batch = p.pattern_batch == 1 ? 0 : u.b;
@@ -180,17 +200,13 @@ struct Sight {
   bool all, none;
 };
 
-static const float *bias_row(const Attention &p, const Unit &u, int64_t row) {
-  const int64_t *s = p.bias_strides;
-  return p.bias + u.b * s[0] + (u.head + row / u.count) * s[1] + (u.start + row % u.count) * s[2];
-}
-
 // The bias of a tile and a panel, [key][lane]; 0 in lanes beyond the unit's rows.
-static void take_bias(const Attention &p, const Unit &u, const Tile &t, int64_t panel, float *to) {
+static void take_bias(const Attention &p, const Unit &u, const Keys &keys, const Tile &t, int64_t panel, float *to) {
   int64_t rows = min_of(TILE, u.rows - panel * TILE);
   memset(to, 0, TILE * TILE * sizeof(float));
   for (int64_t r = 0; r < rows; r++) {
-    const float *row = bias_row(p, u, panel * TILE + r);
+    const int64_t *s = p.bias_strides, at = panel * TILE + r;
+    const float *row = p.bias + u.b * s[0] + keys.row_head[at] * s[1] + keys.row_query[at] * s[2];
     for (int64_t k = 0; k < t.count; k++) to[k * TILE + r] = row[t.at[k]];
   }
 }
@@ -201,8 +217,7 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
   const int32_t *high = keys.high + panel * TILE;
   int64_t rows = min_of(TILE, u.rows - panel * TILE);
   int32_t oldest = t.at[0], newest = t.at[t.count - 1];
-  sight.all = !t.elements && !bias;
-  for (int64_t r = 0; r < rows; r++) sight.all &= low[r] <= oldest && newest <= high[r];
+  sight.all = !t.elements && !bias && keys.most_low[panel] <= oldest && newest <= keys.least_high[panel];
   sight.none = false;
   if (sight.all) return;
   uint64_t any = 0;
@@ -222,7 +237,7 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
     if (t.elements) {
       const uint8_t *column = t.elements + (position - t.origin);
       for (int64_t r = 0; r < rows; r++)
-        if (!column[(panel * TILE + r) % u.count * p.k_block]) seen &= ~(1ull << r);
+        if (!column[(keys.row_query[panel * TILE + r] - u.start) * p.k_block]) seen &= ~(1ull << r);
     }
     if (bias)
       for (int64_t r = 0; r < rows; r++)
@@ -238,22 +253,35 @@ template <class T, class E>
 static void take_rows(const void *data, const int64_t *strides, const Unit &u, const Tile &t, const uint64_t *seen,
                       int64_t length, E *converted, const T *zeros, const T **rows, const E **elements) {
   const T *base = (const T *)data + u.b * strides[0] + u.kv_head * strides[1];
-  int64_t width = in_elements<E>(length);
-  for (int64_t k = 0; k < t.count; k++) {
-    rows[k] = seen && !seen[k] ? zeros : base + t.at[k] * strides[2];
-    elements[k] = as_elements(rows[k], length, converted + k * width);
-  }
+  const int64_t width = in_elements<E>(length), step = strides[2], count = t.count;
+  const int32_t *at = t.at;
+  for (int64_t k = 0; k < count; k++) rows[k] = base + at[k] * step;
+  if (seen)
+    for (int64_t k = 0; k < count; k++)
+      if (!seen[k]) rows[k] = zeros;
+  for (int64_t k = 0; k < count; k++) elements[k] = as_elements(rows[k], length, converted + k * width);
+}
+
+// Ask for the rows of keys that come next.
+template <class T>
+static void prefetch(const void *data, const int64_t *strides, const Unit &u, const int32_t *at, int64_t count,
+                     int64_t length) {
+  const char *base = (const char *)((const T *)data + u.b * strides[0] + u.kv_head * strides[1]);
+  const int64_t step = strides[2] * sizeof(T), bytes = length * sizeof(T);
+  for (int64_t k = 0; k < count; k++)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i);
 }
 
 // Rows of queries, or of something that lies as the output does, of one panel.
 template <class T, class E>
-static void take_panel(const void *data, const int64_t *strides, const Unit &u, int64_t panel, int64_t length,
-                       E *converted, const T **rows, const E **elements) {
-  int64_t width = in_elements<E>(length), count = min_of(TILE, u.rows - panel * TILE);
+static void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,
+                       int64_t length, E *converted, const T **rows, const E **elements) {
+  const int64_t width = in_elements<E>(length), count = min_of(TILE, u.rows - panel * TILE);
+  const int64_t head_step = strides[1], query_step = strides[2];
+  const int32_t *head = keys.row_head + panel * TILE, *query = keys.row_query + panel * TILE;
+  const T *base = (const T *)data + u.b * strides[0];
   for (int64_t i = 0; i < count; i++) {
-    int64_t r = panel * TILE + i;
-    rows[i] = (const T *)data + u.b * strides[0] + (u.head + r / u.count) * strides[1] +
-              (u.start + r % u.count) * strides[2];
+    rows[i] = base + head[i] * head_step + query[i] * query_step;
     elements[i] = as_elements(rows[i], length, converted + i * width);
   }
 }

@@ -239,20 +239,16 @@ static inline void interleave(const bf16 *const *rows, int64_t count, int64_t le
                               pair *to) {
   for (int64_t k = 0; k < count; k += 2, to += padded) {
     const bf16 *a = rows[k], *b = k + 1 < count ? rows[k + 1] : zeros;
-    for (int64_t i = 0; i < padded; i += 16) {
-      u32x16 low = {}, high = {};
-      if (i + 16 <= length) {
-        u16x16 x, y;
-        memcpy(&x, a + i, sizeof x);
-        memcpy(&y, b + i, sizeof y);
-        low = __builtin_convertvector(x, u32x16);
-        high = __builtin_convertvector(y, u32x16);
-      } else {
-        for (int64_t j = i; j < length; j++) low[j - i] = a[j].bits, high[j - i] = b[j].bits;
-      }
-      low |= high << 16;
-      memcpy(to + i, &low, sizeof low);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= length; i += 16) {
+      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(a + i)));
+      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + i)));
+      _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
+#endif
+    for (; i < length; i++) to[i].first = a[i].bits, to[i].second = b[i].bits;
+    for (; i < padded; i++) to[i].first = to[i].second = 0;
   }
 }
 

@@ -45,12 +45,25 @@ struct Work {
   }
 };
 
+INLINE vec highest(const float *s, int64_t count, vec most) {
+  vec a = most, b = most, c = most;
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    most = vmax(most, vload(s + k * TILE));
+    a = vmax(a, vload(s + (k + 1) * TILE));
+    b = vmax(b, vload(s + (k + 2) * TILE));
+    c = vmax(c, vload(s + (k + 3) * TILE));
+  }
+  for (; k < count; k++) most = vmax(most, vload(s + k * TILE));
+  return vmax(vmax(most, a), vmax(b, c));
+}
+
 // Turn logits into probabilities, as the A or B of the next product needs them; `top`, `sum` and `alpha` follow.
 static void soften(const float *s, int64_t count, int64_t lanes, float *top, float *sum, float *alpha, float *to) {
   for (int64_t i = 0; i < lanes; i += W) {
     vec most = vload(top + i);
     const vec before = most;
-    for (int64_t k = 0; k < count; k++) most = vmax(most, vload(s + k * TILE + i));
+    most = highest(s + i, count, most);
     vstore(top + i, most);
     const vec base = (most == -__builtin_inff()) ? vec{} : most;
     const vec shrink = exp2_of<true>(before - base);
@@ -72,19 +85,26 @@ static void soften(const float *s, int64_t count, int64_t lanes, float *top, flo
   for (int64_t i = 0; i < lanes; i += W) {
     vec most = vload(top + i);
     const vec before = most;
-    for (int64_t k = 0; k < count; k++) most = vmax(most, vload(s + k * TILE + i));
+    most = highest(s + i, count, most);
     vstore(top + i, most);
     const vec base = (most == -__builtin_inff()) ? vec{} : most;
     const vec shrink = exp2_of<false>(before - base);
     vec total = vload(sum + i) * shrink, other = {};
     vstore(alpha + i, shrink);
-    for (int64_t k = 0; k < count; k += 2) {
-      vec x = exp2_of<false>(vload(s + k * TILE + i) - base), y = {};
-      if (k + 1 < count) y = exp2_of<false>(vload(s + (k + 1) * TILE + i) - base);
+    pair *at = to + i;
+    const float *from = s + i;
+    for (int64_t k = 0; k + 2 <= count; k += 2, at += TILE, from += 2 * TILE) {
+      vec x = exp2_of<false>(vload(from) - base), y = exp2_of<false>(vload(from + TILE) - base);
       total += x;
       other += y;
       __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
-      _mm512_storeu_si512(to + k / 2 * TILE + i, _mm512_permutexvar_epi16(order, both));
+      _mm512_storeu_si512(at, _mm512_permutexvar_epi16(order, both));
+    }
+    if (count % 2) {
+      vec x = exp2_of<false>(vload(from) - base);
+      total += x;
+      __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), (__m512)x);
+      _mm512_storeu_si512(at, _mm512_permutexvar_epi16(order, both));
     }
     vstore(sum + i, total + other);
   }
@@ -106,18 +126,22 @@ template <class T, class E>
 static void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> &w) {
   const int64_t deep = in_elements<E>(p.dim), panels = ceil_div(u.rows, TILE);
   uint64_t seen[TILE] = {};
-  bool whole = true;
+  bool whole = false;  // some panel sees all keys
   for (int64_t panel = 0; panel < panels; panel++) {
     Sight &sight = w.sights[panel];
-    if (p.bias) take_bias(p, u, t, panel, w.bias);
+    if (p.bias) take_bias(p, u, w.keys, t, panel, w.bias);
     see(p, u, w.keys, t, panel, p.bias ? w.bias : 0, sight);
-    whole &= sight.all;
-    for (int64_t k = 0; k < t.count; k++) seen[k] |= sight.all ? ~0ull : sight.bits[k];
+    whole |= sight.all;
+    if (!sight.all)
+      for (int64_t k = 0; k < t.count; k++) seen[k] |= sight.bits[k];
   }
   const uint64_t *by_key = whole ? 0 : seen;
   take_rows<T, E>(p.key, p.key_strides, u, t, by_key, p.dim, w.key, w.zeros, w.rows, w.key_rows);
   take_rows<T, E>(p.value, p.value_strides, u, t, by_key, p.value_dim, w.value, w.zeros, w.rows, w.value_rows);
   lay_values(w, t, p.value_dim);
+  const int64_t next = min_of(TILE, w.keys.count - t.first - t.count);
+  prefetch<T>(p.key, p.key_strides, u, t.at + t.count, next, p.dim);
+  prefetch<T>(p.value, p.value_strides, u, t.at + t.count, next, p.value_dim);
   const bool plain = p.softcap == 0 && !p.bias;
   const float scale = (float)(plain ? p.scale * (double)LOG2E : p.scale);
   for (int64_t panel = 0; panel < panels; panel++) {
@@ -125,11 +149,40 @@ static void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> 
     if (sight.none) continue;
     int64_t lanes = ceil_div(min_of(TILE, u.rows - panel * TILE), W) * W;
     product<false, REPLACE>(w.key_rows, t.count, deep, w.query + panel * deep * TILE, TILE, lanes, w.logit_rows, scale);
-    if (p.bias) take_bias(p, u, t, panel, w.bias);
+    if (p.bias) take_bias(p, u, w.keys, t, panel, w.bias);
     if (!plain || !sight.all) finish_logits(p, t.count, lanes, p.bias ? w.bias : 0, sight, w.logits, 0);
     soften(w.logits, t.count, lanes, w.top + panel * TILE, w.sum + panel * TILE, w.alpha, w.probability);
     product<true, RESCALE>(w.value_rows, p.value_dim, in_elements<E>(t.count), w.probability, TILE, lanes,
                            w.out_rows + panel * p.value_dim, 1.0f, w.alpha);
+  }
+}
+
+// Divide by the sums, and write the rows where they belong.
+template <class T, class E>
+static void give_out(const Attention &p, const Unit &u, Work<T, E> &w) {
+  const int64_t wide = p.value_dim;
+  int64_t rows[TILE];
+  for (int64_t panel = 0; panel * TILE < u.rows; panel++) {
+    const int32_t *head = w.keys.row_head + panel * TILE, *query = w.keys.row_query + panel * TILE;
+    float *sum = w.sum + panel * TILE, *out = w.out + panel * wide * TILE;
+    const int64_t count = min_of(TILE, u.rows - panel * TILE);
+    for (int64_t r = 0; r < count; r++) {
+      rows[r] = (u.b * p.heads + head[r]) * p.queries + query[r];
+      bool any = sum[r] != 0;
+      p.lse[rows[r]] = any ? (w.top[panel * TILE + r] + log2f(sum[r])) * LN2 : -__builtin_inff();
+      sum[r] = any ? 1 / sum[r] : 0;
+    }
+    for (int64_t r = 0; r < count; r += 16) {
+      const f32x16 factor = load(sum + r);
+      for (int64_t i = 0; i < wide; i += 16) {
+        u32x16 x[16] = {};
+        const int64_t used = min_of(16, wide - i), least = min_of(16, count - r);
+        for (int64_t j = 0; j < used; j++) x[j] = (u32x16)(load(out + (i + j) * TILE + r) * factor);
+        transpose16(x);
+        for (int64_t j = 0; j < least; j++)
+          store_n((T *)p.out + rows[r + j] * wide + i, (f32x16)x[j], used);
+      }
+    }
   }
 }
 
@@ -142,7 +195,7 @@ static void run_unit(const Attention &p, const Unit &u, Work<T, E> &w) {
   for (int64_t i = 0; i < panels * TILE; i++) w.top[i] = -__builtin_inff(), w.sum[i] = 0;
   for (int64_t panel = 0; panel < panels && w.keys.count; panel++) {
     // The keys' buffer is free until the first tile.
-    take_panel<T, E>(p.query, p.query_strides, u, panel, p.dim, w.key, w.rows, w.query_rows);
+    take_panel<T, E>(p.query, p.query_strides, u, w.keys, panel, p.dim, w.key, w.rows, w.query_rows);
     pack_across(w.query_rows, min_of(TILE, u.rows - panel * TILE), deep, w.query + panel * deep * TILE, TILE);
   }
   for (int64_t first = 0; first < w.keys.count;) {
@@ -150,26 +203,7 @@ static void run_unit(const Attention &p, const Unit &u, Work<T, E> &w) {
     attend(p, u, t, w);
     first += t.count;
   }
-  for (int64_t r = 0; r < u.rows; r++) {
-    int64_t row = (u.b * p.heads + u.head + r / u.count) * p.queries + u.start + r % u.count;
-    bool any = w.sum[r] != 0;
-    p.lse[row] = any ? (w.top[r] + log2f(w.sum[r])) * LN2 : -__builtin_inff();
-    w.sum[r] = any ? 1 / w.sum[r] : 0;
-  }
-  for (int64_t r = 0; r < u.rows; r += 16) {
-    const float *out = w.out + r / TILE * p.value_dim * TILE + r % TILE;
-    const f32x16 factor = load(w.sum + r);
-    for (int64_t i = 0; i < p.value_dim; i += 16) {
-      u32x16 x[16] = {};
-      int64_t used = min_of(16, p.value_dim - i);
-      for (int64_t j = 0; j < used; j++) x[j] = (u32x16)(load(out + (i + j) * TILE) * factor);
-      transpose16(x);
-      for (int64_t j = 0; j < min_of(16, u.rows - r); j++) {
-        int64_t row = (u.b * p.heads + u.head + (r + j) / u.count) * p.queries + u.start + (r + j) % u.count;
-        store_n((T *)p.out + row * p.value_dim + i, (f32x16)x[j], used);
-      }
-    }
-  }
+  give_out(p, u, w);
 }
 
 template <class T>
