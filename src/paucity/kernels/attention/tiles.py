@@ -236,7 +236,7 @@ def _by_head(mask: Tensor, heads: int) -> Tensor:
 def _take(source: Tensor, positions: Tensor) -> Tensor:
     """Rows of ``source`` ``[B, H_kv, T, D]`` at ``positions`` ``[B or 1, H or 1, n]``; -1 takes any row."""
     flat = _flat_rows(source, positions)
-    return source.reshape(-1, source.shape[-1]).index_select(0, flat.flatten()).view(*flat.shape, -1)
+    return source.reshape(-1, source.shape[-1]).index_select(0, flat.flatten()).view(*flat.shape, source.shape[-1])
 
 
 def _flat_rows(source: Tensor, positions: Tensor) -> Tensor:
