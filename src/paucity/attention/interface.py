@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..checks import InputError
-from ..kernels.attention import as_key_lists, sparse_attention
+from ..kernels.attention import sparse_attention
 from ..ops.formats.stripes import Window, causal_mask
 from .policy import Prompt
 
@@ -161,8 +161,6 @@ def _by_policy(
             applied.count_dense("attention dropout" if dropout else "prompt shorter than min_length")
         return None
     pattern = policy.select(query, key, prompt)
-    if not isinstance(pattern, Window):
-        pattern = as_key_lists(pattern, keys)
     kept = pattern.kept_pairs(queries, keys, padding=prompt.padding, window=prompt.window)
     if kept.shape[1] not in (1, heads):
         kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)

@@ -1,0 +1,284 @@
+// Products of small matrices that stay in the cache, and the packing they need.
+//
+// All products have the form C[m][lane] += sum over k of A[m][k] * B[k][lane], where the lanes are packed side by side
+// and A is read through pointers to its rows, wherever these lie. An element is a float, or a pair of bfloat16 that are
+// neighbours along k where the machine multiplies those.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VBYTES = 64, MROWS = 6, NVECS = 4;
+#elif defined(__AVX2__)
+constexpr int VBYTES = 32, MROWS = 6, NVECS = 2;
+#else
+constexpr int VBYTES = 16, MROWS = 5, NVECS = 2;
+#endif
+constexpr int W = VBYTES / 4;
+
+// As wide as the machine's registers, so that accumulators stay in them.
+typedef float vec __attribute__((vector_size(VBYTES)));
+typedef int32_t ivec __attribute__((vector_size(VBYTES)));
+
+// Two neighbours along k.
+struct pair {
+  uint16_t first, second;
+};
+
+// What a product of inputs of type T is computed in.
+template <class T>
+struct Element {
+  typedef float type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Element<bf16> {
+  typedef pair type;
+};
+#endif
+
+template <class E>
+struct Per {
+  static constexpr int elements = 1;
+};
+template <>
+struct Per<pair> {
+  static constexpr int elements = 2;
+};
+
+template <class E>
+INLINE int64_t in_elements(int64_t n) {
+  return ceil_div(n, Per<E>::elements);
+}
+
+INLINE vec vload(const void *p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE void vstore(void *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec vmax(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return (a > b) ? a : b;
+#endif
+}
+
+// Lane i of `a` where bit i is set, else that of `b`.
+INLINE vec choose(uint64_t bits, vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_mask_blend_ps((__mmask16)bits, (__m512)b, (__m512)a);
+#else
+  ivec lane;
+  for (int i = 0; i < W; i++) lane[i] = 1 << i;
+  return ((((ivec{} + (int32_t)(bits & 0xffff)) & lane) != 0)) ? a : b;
+#endif
+}
+
+// 2^x for x up to 127: to 3e-6, or when EXACT to about 1 ulp; 0 below -126 (-inf included), NaN stays NaN.
+template <bool EXACT>
+INLINE vec exp2_of(vec x) {
+#if defined(__AVX512F__)
+  vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
+#else
+  vec low = (x < -126.0f) ? vec{} - 126.0f : x;
+  vec n = (low - 0.5f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vec f = low - n;
+#endif
+  vec p;
+  if (EXACT) {
+    p = f * 0.00021702249177f + 0.001243968966f;
+    p = p * f + 0.009678840797f;
+    p = p * f + 0.055483342084f;
+    p = p * f + 0.24022983625f;
+    p = p * f + 0.69314698384f;
+    p = p * f + 1.0f;
+  } else {
+    p = f * 0.013534160586f + 0.052011474695f;
+    p = p * f + 0.24144274857f;
+    p = p * f + 0.693003836f;
+    p = p * f + 1.0000025933f;
+  }
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  p = p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+  return (x < -126.0f) ? vec{} : p;
+#endif
+}
+
+// acc + a * b, pair by pair for pairs.
+INLINE vec mad(vec acc, const float *a, vec b) { return acc + b * *a; }
+
+INLINE vec mad(vec acc, const pair *a, vec b) {
+#if defined(__AVX512BF16__)
+  int32_t both;
+  memcpy(&both, a, sizeof both);
+  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(both), (__m512bh)b);
+#else
+  return acc;
+#endif
+}
+
+// What becomes of C: replaced by `scale` times the product, added to, or first multiplied by `alpha`, lane by lane.
+enum Update { REPLACE, ADD, RESCALE };
+
+// M rows of C, N vectors of lanes. A[m][k] is a[m][k], or a[k][m] when ACROSS.
+template <int M, int N, bool ACROSS, Update HOW, class E>
+INLINE void micro(const E *const *a, int64_t first, int64_t depth, const E *b, int64_t ldb, float *const *c, int64_t lane,
+                  float scale, const float *alpha) {
+  vec acc[M][N];
+  const E *row[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    row[m] = ACROSS ? 0 : a[first + m];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      if (HOW == REPLACE)
+        acc[m][n] = vec{};
+      else if (HOW == ADD)
+        acc[m][n] = vload(c[first + m] + lane + n * W);
+      else
+        acc[m][n] = vload(c[first + m] + lane + n * W) * vload(alpha + lane + n * W);
+    }
+  }
+  b += lane;
+  for (int64_t k = 0; k < depth; k++) {
+    vec at[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) at[n] = vload(b + k * ldb + n * W);
+    const E *across = ACROSS ? a[k] + first : 0;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const E *x = ACROSS ? across + m : row[m] + k;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) acc[m][n] = mad(acc[m][n], x, at[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) vstore(c[first + m] + lane + n * W, HOW == REPLACE ? acc[m][n] * scale : acc[m][n]);
+}
+
+template <int N, bool ACROSS, Update HOW, class E>
+static __attribute__((noinline)) void columns(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb,
+                                              float *const *c, int64_t lane, float scale, const float *alpha) {
+  int64_t m = 0;
+  for (; m + MROWS <= rows; m += MROWS) micro<MROWS, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
+  if (rows - m >= 4 && MROWS > 4) {
+    micro<4, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
+    m += 4;
+  }
+  if (rows - m >= 2) {
+    micro<2, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
+    m += 2;
+  }
+  for (; m < rows; m++) micro<1, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
+}
+
+// C[rows][lanes], `depth` elements deep; `lanes` is a multiple of W, `ldb` the elements from one k of B to the next.
+template <bool ACROSS, Update HOW, class E>
+static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, int64_t lanes,
+                    float *const *c, float scale = 1.0f, const float *alpha = 0) {
+  int64_t lane = 0;
+  for (; lane + NVECS * W <= lanes; lane += NVECS * W)
+    columns<NVECS, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
+  int64_t left = (lanes - lane) / W;
+  if (NVECS > 3 && left == 3) columns<3, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
+  if (NVECS > 2 && left == 2) columns<2, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
+  if (left == 1) columns<1, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
+}
+
+// out[lane][i] = in[i][lane] for 16 by 16 elements of 4 bytes.
+INLINE void transpose16(u32x16 *x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < 16; step *= 2) {
+    u32x16 low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      low[i] = i & step ? 16 + i - step : i;
+      high[i] = i & step ? 16 + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      if (!(i & step)) {
+        u32x16 a = x[i], b = x[i + step];
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + step] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// to[k][lane] = rows[lane][k] for `lanes` (at most 64) rows of `depth` elements; lanes up to the next multiple of 16
+// become 0.
+template <class E>
+static void pack_across(const E *const *rows, int64_t lanes, int64_t depth, E *to, int64_t ldt) {
+  static_assert(sizeof(E) == 4, "an element has four bytes");
+  for (int64_t lane = 0; lane < lanes; lane += 16)
+    for (int64_t k = 0; k < depth; k += 16) {
+      u32x16 x[16];
+      int64_t used = min_of(16, lanes - lane), deep = min_of(16, depth - k);
+      for (int i = 0; i < 16; i++) {
+        x[i] = u32x16{};
+        if (i < used) x[i] = (u32x16)load_n((const float *)(rows[lane + i] + k), deep);
+      }
+      transpose16(x);
+      for (int64_t i = 0; i < deep; i++) memcpy(to + (k + i) * ldt + lane, &x[i], sizeof x[i]);
+    }
+}
+
+// to[k / 2][i] = (rows[k][i], rows[k + 1][i]) for `count` rows of bfloat16, with a row of zeros when that is odd;
+// entries from `length` to `padded` (a multiple of 16) become 0.
+static inline void interleave(const bf16 *const *rows, int64_t count, int64_t length, int64_t padded, const bf16 *zeros,
+                              pair *to) {
+  for (int64_t k = 0; k < count; k += 2, to += padded) {
+    const bf16 *a = rows[k], *b = k + 1 < count ? rows[k + 1] : zeros;
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= length; i += 16) {
+      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(a + i)));
+      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + i)));
+      _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+#endif
+    for (; i < length; i++) to[i].first = a[i].bits, to[i].second = b[i].bits;
+    for (; i < padded; i++) to[i].first = to[i].second = 0;
+  }
+}
+
+// A row as elements: where it lies if its memory already is that, else converted to `to`.
+INLINE const float *as_elements(const float *row, int64_t, float *) { return row; }
+
+INLINE const float *as_elements(const bf16 *row, int64_t length, float *to) {
+  int64_t i = 0;
+  for (; i + LANES <= length; i += LANES) store(to + i, load(row + i));
+  for (; i < length; i++) to[i] = to_float(row[i]);
+  return to;
+}
+
+INLINE const pair *as_elements(const bf16 *row, int64_t length, pair *to) {
+  if (length % 2 == 0) return (const pair *)row;
+  memcpy(to, row, length * sizeof(bf16));
+  to[length / 2].second = 0;
+  return to;
+}
+
+// Memory handed out in 64-byte steps; without a base it only counts.
+struct Arena {
+  char *base;
+  size_t used;
+  template <class T>
+  T *take(int64_t count) {
+    size_t at = used;
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return base ? (T *)(base + at) : 0;
+  }
+};
+
+}  // namespace
