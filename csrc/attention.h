@@ -250,7 +250,7 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
 
 // Pointers to the keys' or values' rows of a tile, `length` long; a key that nobody sees reads as zeros.
 template <class T, class E>
-static void take_rows(const void *data, const int64_t *strides, const Unit &u, const Tile &t, const uint64_t *seen,
+static __attribute__((noinline)) void take_rows(const void *data, const int64_t *strides, const Unit &u, const Tile &t, const uint64_t *seen,
                       int64_t length, E *converted, const T *zeros, const T **rows, const E **elements) {
   const T *base = (const T *)data + u.b * strides[0] + u.kv_head * strides[1];
   const int64_t width = in_elements<E>(length), step = strides[2], count = t.count;
@@ -269,12 +269,12 @@ static void prefetch(const void *data, const int64_t *strides, const Unit &u, co
   const char *base = (const char *)((const T *)data + u.b * strides[0] + u.kv_head * strides[1]);
   const int64_t step = strides[2] * sizeof(T), bytes = length * sizeof(T);
   for (int64_t k = 0; k < count; k++)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i, 0, 2);
 }
 
 // Rows of queries, or of something that lies as the output does, of one panel.
 template <class T, class E>
-static void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,
+static __attribute__((noinline)) void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,
                        int64_t length, E *converted, const T **rows, const E **elements) {
   const int64_t width = in_elements<E>(length), count = min_of(TILE, u.rows - panel * TILE);
   const int64_t head_step = strides[1], query_step = strides[2];
