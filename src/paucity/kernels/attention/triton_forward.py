@@ -118,14 +118,15 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, out, lse, positions, counts, blocks, num_blocks, partial, elements, padding, bias,
-    q_strides, k_strides, v_strides, o_strides, bias_strides, list_strides, width,
+    query, key, value, out, lse, out_strides,
+    positions, counts, blocks, partial, elements, padding, bias,
+    q_strides, k_strides, v_strides, bias_strides, list_strides, width,
     heads, group, list_heads, q_len, kv_len, scale, softcap, window, near,
     CAUSAL: tl.constexpr, RANGE: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``[tiles of queries, B * H]``; see `paucity.kernels.attention.triton` for the arguments."""
+    """Attention; grid ``[tiles of queries, B * H]``, arguments from `paucity.kernels.attention.triton_plan`."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal cut the last tiles take longest
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     kv_head, list_head = head // group, head * list_heads // heads
@@ -137,7 +138,9 @@ def forward_kernel(
     row_ok = (inner_row < Q_BLOCK) & (row < q_len)
     at = row + kv_len - q_len
     first = q_block * Q_BLOCK + (tile % q_subs) * BLOCK_M + kv_len - q_len
-    last = tl.minimum(q_block * Q_BLOCK + tl.minimum((tile % q_subs + 1) * BLOCK_M, Q_BLOCK), q_len) + kv_len - q_len - 1
+    last = (
+        tl.minimum(q_block * Q_BLOCK + tl.minimum((tile % q_subs + 1) * BLOCK_M, Q_BLOCK), q_len) + kv_len - q_len - 1
+    )
 
     query += batch * q_strides[0] + head * q_strides[1]
     key += batch * k_strides[0] + kv_head * k_strides[1]
@@ -169,14 +172,11 @@ def forward_kernel(
             reach = near
         else:
             begin = 0
-            stop = tl.load(num_blocks + line) * k_subs
+            stop = tl.load(counts + line) * k_subs
             line *= width
             reach = window
         for step in range(begin, stop):
-            if RANGE:
-                k_block = step
-            else:
-                k_block = tl.load(blocks + line + step // k_subs)
+            k_block = step if RANGE else tl.load(blocks + line + step // k_subs)
             inner_col = step % k_subs * BLOCK_N + tl.arange(0, BLOCK_N)
             col = k_block * K_BLOCK + inner_col
             entry = -1
@@ -190,7 +190,7 @@ def forward_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    out += batch * o_strides[0] + head * o_strides[1]
-    store_rows(out, acc, row, row_ok, o_strides[2], o_strides[3], DV, BLOCK_DV)
+    out += batch * out_strides[0] + head * out_strides[1]
+    store_rows(out, acc, row, row_ok, out_strides[2], out_strides[3], DV, BLOCK_DV)
     log = tl.where(empty, HIDDEN, (tl.where(empty, 0.0, high) + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, log, mask=row_ok)
