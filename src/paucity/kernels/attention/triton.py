@@ -17,7 +17,7 @@ from .. import dispatch
 from .problem import Problem
 from .triton_backward import key_kernel, query_kernel, sum_kernel
 from .triton_forward import forward_kernel
-from .triton_plan import Plan
+from .triton_plan import Pass, Plan
 
 _BUFFER = 256 << 20  # bytes of gradients of single keys that are held at once
 
@@ -37,7 +37,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, key, value = _operands(query, key, value)
-    plan = Plan.make(query, key, value, problem)
+    plan = Plan.make(query, key, value, problem, Pass.FORWARD)
     forward_kernel[plan.query_grid](query, key, value, out, lse, out.stride(), *plan.arguments(), **plan.constants())
     return out, lse
 
@@ -79,17 +79,18 @@ def backward(
     dq = torch.empty(query.shape, dtype=query.dtype, device=device)
     ds = torch.zeros(batch, heads, q_len, kv_len, device=device) if bias_grad and bias is not None else None
     query, key, value = _operands(query, key, value)
-    plan = Plan.make(query, key, value, problem, backward=True)
     given = (query, key, value, grad_out, lse.contiguous(), delta, grad_out.stride())
+    plan = Plan.make(query, key, value, problem, Pass.QUERIES)
     query_kernel[plan.query_grid](*given, dq, ds, *plan.arguments(), **plan.constants())
 
+    plan = Plan.make(query, key, value, problem, Pass.KEYS)
     singles = plan.keys.positions is not None
     dk, dv = (
         torch.zeros(x.shape, dtype=torch.float32 if singles else dtype, device=device)
         for x, dtype in zip((key, value), dtypes, strict=True)
     )
     if plan.keys.blocks is not None or plan.keys.near:
-        keys = plan.keys.by_key()
+        keys = plan.keys.without_sinks()
         tiles = triton.cdiv(kv_len, keys.k_block) * triton.cdiv(keys.k_block, plan.tiles.n)
         key_kernel[tiles, batch * group_heads](
             *given, dk, dv, group_heads, kv_len, 0, *plan.arguments(keys), **plan.constants(keys)
@@ -125,7 +126,7 @@ def _add_single_keys(dk: Tensor, dv: Tensor, plan: Plan, given: tuple[object, ..
         )
         for total, part, block in zip((dk, dv), parts, (plan.tiles.dim, plan.tiles.value_dim), strict=True):
             sum_kernel[(len(bounds) - 1,)](
-                part, order, bounds, total, DIM=total.shape[3], BLOCK=block, ROWS=16, enable_fp_fusion=True
+                part, order, bounds, total, DIM=total.shape[3], BLOCK=block, ROWS=16, num_warps=1, enable_fp_fusion=True
             )
 
 

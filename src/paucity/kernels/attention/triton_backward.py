@@ -6,7 +6,7 @@ keys for ``dK`` and ``dV`` with transposed tiles. Where keys are single, a progr
 block of queries, and a third kernel sums for every key the rows that are its. Nothing is added atomically, so results
 are the same from run to run.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl

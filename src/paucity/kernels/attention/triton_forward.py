@@ -8,7 +8,7 @@ by a list or, for a window, by a range.
 Every load of a key is masked by what the queries of the tile can see, so that a NaN in a key that none of them sees
 stays out: ``0 * NaN`` in a product would let it in. Offsets are 64 bits where a stride can make them large.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl

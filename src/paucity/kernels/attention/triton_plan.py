@@ -1,6 +1,7 @@
 """How the Triton twin of sparse attention is launched: keys by pattern, and sizes of tiles."""
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Self
 
 import torch
@@ -12,9 +13,35 @@ from ...ops.formats.stripes import KeyLists, Window
 from .problem import Problem
 
 
+class Pass(Enum):
+    """Which kernel runs: each holds other sums and operands."""
+
+    FORWARD = "forward"
+    QUERIES = "queries"
+    KEYS = "keys"
+
+
+# Largest dimension, queries and keys of a tile, warps, loads in flight. Chosen so that an H100 keeps a program in its
+# registers (a product of the tensor cores wants 64 rows for every 4 warps, float32 without them 8 warps) and two
+# programs in the shared memory of a multiprocessor.
+_Sizes = tuple[tuple[int, int, int, int, int], ...]
+_HALF: dict[Pass, _Sizes] = {
+    Pass.FORWARD: ((128, 64, 64, 4, 3), (256, 64, 32, 4, 2), (1 << 30, 32, 16, 8, 1)),
+    Pass.QUERIES: ((128, 64, 64, 4, 2), (256, 64, 32, 8, 2), (1 << 30, 32, 16, 8, 1)),
+    Pass.KEYS: ((64, 64, 64, 4, 2), (256, 32, 64, 8, 2), (1 << 30, 16, 32, 8, 1)),
+}
+_FULL: dict[Pass, _Sizes] = {
+    Pass.FORWARD: ((64, 64, 32, 8, 2), (128, 32, 32, 8, 2), (1 << 30, 16, 16, 8, 1)),
+    Pass.QUERIES: ((64, 64, 32, 8, 2), (128, 32, 32, 8, 2), (1 << 30, 16, 16, 8, 1)),
+    Pass.KEYS: ((128, 32, 32, 8, 2), (1 << 30, 16, 16, 8, 1)),
+}
+
+
 @dataclass(frozen=True)
 class Keys:
     """Where the kernels find the keys of a block of queries; lists are ``[B or 1, list_heads, blocks of queries]``.
+
+    For `Pass.KEYS` blocks are the other way round: the blocks of queries of each block of keys.
 
     Attributes:
         q_block: queries that share a list.
@@ -26,7 +53,6 @@ class Keys:
         counts: int32, entries of each list: the last of ``positions``, the first of ``blocks``.
         positions: int32 ``[..., width]``, single keys.
         blocks: int32 ``[..., width]``, blocks of keys.
-        kept: bool ``[..., width]``, the blocks listed.
         partial: int32 ``[..., width]``, as in `BlockMask`.
         elements: uint8, as in `BlockMask`.
     """
@@ -40,12 +66,11 @@ class Keys:
     counts: Tensor | None = None
     positions: Tensor | None = None
     blocks: Tensor | None = None
-    kept: Tensor | None = None
     partial: Tensor | None = None
     elements: Tensor | None = None
 
     @classmethod
-    def make(cls, problem: Problem, q_len: int, kv_len: int, tiles: "Tiles", device: torch.device) -> Self:
+    def make(cls, problem: Problem, q_len: int, kv_len: int, tiles: "Tiles", use: Pass, device: torch.device) -> Self:
         """The keys of the pattern of ``problem``."""
         pattern = problem.pattern
         if isinstance(pattern, Window):
@@ -64,26 +89,21 @@ class Keys:
             heads, width = positions.shape[1], positions.shape[3]
             single = cls(pattern.q_block, tiles.n, 0, problem.causal, heads, width)
             return replace(single, counts=counts, positions=positions)
-        kept = pattern.blocks.to(device) & _within_reach(pattern, problem, device)
-        blocks = cls(pattern.q_block, pattern.k_block, 0, problem.causal, kept.shape[1])._with_blocks(kept)
-        if pattern.partial is None or pattern.elements is None or not len(pattern.elements):
-            return blocks
-        partial = pattern.partial.to(device, torch.int32).contiguous()
-        elements = pattern.elements.to(device).contiguous().view(torch.uint8)
-        return replace(blocks, partial=partial, elements=elements)
-
-    def _with_blocks(self, kept: Tensor) -> Self:
+        kept, partial = pattern.blocks.to(device) & _within_reach(pattern, problem, device), pattern.partial
+        if use is Pass.KEYS:
+            kept, partial = kept.mT, None if partial is None else partial.mT
+        blocks = cls(pattern.q_block, pattern.k_block, 0, problem.causal, kept.shape[1], kept.shape[3])
         # The whole width, so that nothing waits for the device to say which list is the longest.
-        blocks = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int().contiguous()
-        counts = kept.sum(-1, dtype=torch.int32)
-        return replace(self, width=kept.shape[-1], counts=counts, blocks=blocks, kept=kept)
+        lists = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int().contiguous()
+        blocks = replace(blocks, counts=kept.sum(-1, dtype=torch.int32).contiguous(), blocks=lists)
+        if partial is None or pattern.elements is None or not len(pattern.elements):
+            return blocks
+        elements = pattern.elements.to(device).contiguous().view(torch.uint8)
+        return replace(blocks, partial=partial.to(device, torch.int32).contiguous(), elements=elements)
 
-    def by_key(self) -> Self:
-        """Blocks of queries by block of keys; a window without its sinks stays as it is."""
-        if self.kept is None:
-            return replace(self, positions=None, counts=None, width=0)
-        partial = None if self.partial is None else self.partial.mT.contiguous()
-        return replace(self._with_blocks(self.kept.mT.contiguous()), partial=partial)
+    def without_sinks(self) -> Self:
+        """The same with blocks or a range only."""
+        return replace(self, positions=None, counts=None, width=0) if self.near else self
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -114,22 +134,17 @@ class Tiles:
     stages: int
 
     @classmethod
-    def make(cls, query: Tensor, value_dim: int, problem: Problem, *, backward: bool = False) -> Self:
-        """By the bytes of a row: what a program holds must fit registers and shared memory of an H100.
-
-        With 4 warps 64 queries and 64 keys of 128 dimensions in 16 bits leave room for three stages of loads. Longer
-        rows and backward, which keeps two sums and four operands, take fewer keys, then fewer queries. Small blocks get
-        small tiles.
-        """
+    def make(cls, query: Tensor, value_dim: int, problem: Problem, use: Pass) -> Self:
+        """By the dimensions and the dtype; small blocks get small tiles."""
         dim, value_dim = (max(16, triton.next_power_of_2(size)) for size in (query.shape[-1], value_dim))
-        row = max(dim, value_dim) * query.element_size() * (2 if backward else 1)
-        m, n = (64, 64) if row <= 256 else (64, 32) if row <= 512 else (32, 32) if row <= 1024 else (16, 16)
+        sizes = (_FULL if query.dtype == torch.float32 else _HALF)[use]
+        _, m, n, warps, stages = next(size for size in sizes if size[0] >= max(dim, value_dim))
         pattern = problem.pattern
         if not isinstance(pattern, Window):
             m = min(m, max(16, triton.next_power_of_2(pattern.q_block)))
         if isinstance(pattern, BlockMask):
             n = min(n, max(16, triton.next_power_of_2(pattern.k_block)))
-        return cls(m, n, dim, value_dim, 4, 3 if row <= 256 else 2)
+        return cls(m, n, dim, value_dim, warps, stages)
 
 
 @dataclass(frozen=True)
@@ -144,12 +159,11 @@ class Plan:
     keys: Keys
 
     @classmethod
-    def make(cls, query: Tensor, key: Tensor, value: Tensor, problem: Problem, *, backward: bool = False) -> Self:
+    def make(cls, query: Tensor, key: Tensor, value: Tensor, problem: Problem, use: Pass) -> Self:
         """Choose tiles and list keys."""
-        tiles = Tiles.make(query, value.shape[3], problem, backward=backward)
-        return cls(
-            query, key, value, problem, tiles, Keys.make(problem, query.shape[2], key.shape[2], tiles, query.device)
-        )
+        tiles = Tiles.make(query, value.shape[3], problem, use)
+        keys = Keys.make(problem, query.shape[2], key.shape[2], tiles, use, query.device)
+        return cls(query, key, value, problem, tiles, keys)
 
     @property
     def query_grid(self) -> tuple[int, int]:
@@ -168,7 +182,8 @@ class Plan:
             *(self.query.stride(), self.key.stride(), self.value.stride()),
             *((0, 0, 0, 0) if bias is None else bias.stride(), keys.strides, keys.width),
             *(heads, heads // group_heads, keys.list_heads, q_len, kv_len),
-            *(problem.scale, problem.softcap, model_window(problem, kv_len), keys.near),
+            *(float(problem.scale), None if problem.softcap is None else float(problem.softcap)),
+            *(model_window(problem, kv_len), keys.near),
         )
 
     def constants(self, keys: Keys | None = None) -> dict[str, Any]:
