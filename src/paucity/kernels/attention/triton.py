@@ -38,7 +38,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, key, value = _operands(query, key, value)
     plan = Plan.make(query, key, value, problem, Pass.FORWARD)
-    forward_kernel[plan.query_grid](query, key, value, out, lse, out.stride(), *plan.arguments(), **plan.constants())
+    with torch.cuda.device_of(query):
+        forward_kernel[plan.query_grid](
+            query, key, value, out, lse, out.stride(), *plan.arguments(), **plan.constants()
+        )
     return out, lse
 
 
@@ -80,23 +83,23 @@ def backward(
     ds = torch.zeros(batch, heads, q_len, kv_len, device=device) if bias_grad and bias is not None else None
     query, key, value = _operands(query, key, value)
     given = (query, key, value, grad_out, lse.contiguous(), delta, grad_out.stride())
-    plan = Plan.make(query, key, value, problem, Pass.QUERIES)
-    query_kernel[plan.query_grid](*given, dq, ds, *plan.arguments(), **plan.constants())
-
-    plan = Plan.make(query, key, value, problem, Pass.KEYS)
-    singles = plan.keys.positions is not None
-    dk, dv = (
-        torch.zeros(x.shape, dtype=torch.float32 if singles else dtype, device=device)
-        for x, dtype in zip((key, value), dtypes, strict=True)
-    )
-    if plan.keys.blocks is not None or plan.keys.near:
-        keys = plan.keys.without_sinks()
-        tiles = triton.cdiv(kv_len, keys.k_block) * triton.cdiv(keys.k_block, plan.tiles.n)
-        key_kernel[tiles, batch * group_heads](
-            *given, dk, dv, group_heads, kv_len, 0, *plan.arguments(keys), **plan.constants(keys)
+    with torch.cuda.device_of(query):
+        plan = Plan.make(query, key, value, problem, Pass.QUERIES)
+        query_kernel[plan.query_grid](*given, dq, ds, *plan.arguments(), **plan.constants())
+        plan = Plan.make(query, key, value, problem, Pass.KEYS)
+        singles = plan.keys.positions is not None
+        dk, dv = (
+            torch.zeros(x.shape, dtype=torch.float32 if singles else dtype, device=device)
+            for x, dtype in zip((key, value), dtypes, strict=True)
         )
-    if singles:
-        _add_single_keys(dk, dv, plan, given)
+        if plan.keys.blocks is not None or plan.keys.near:
+            keys = plan.keys.without_sinks()
+            tiles = triton.cdiv(kv_len, keys.k_block) * triton.cdiv(keys.k_block, plan.tiles.n)
+            key_kernel[tiles, batch * group_heads](
+                *given, dk, dv, group_heads, kv_len, 0, *plan.arguments(keys), **plan.constants(keys)
+            )
+        if singles:
+            _add_single_keys(dk, dv, plan, given)
     dbias = None if ds is None or bias is None else ds.sum_to_size(bias.shape)
     return dq, dk.to(dtypes[0]), dv.to(dtypes[1]), dbias
 

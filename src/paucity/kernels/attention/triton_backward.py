@@ -37,11 +37,11 @@ def _add_dq(
         logits += added * LOG2E
     prob = tl.exp2(tl.where(seen, logits - lse2[:, None], HIDDEN))
     slope = prob * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    slope = tl.where(seen, slope, 0.0)
     if ds is not None:
         tl.store(ds + row.to(tl.int64)[:, None] * kv_len + col[None, :], slope, mask=seen)
     if softcap is not None:
         slope *= 1.0 - bent * bent
+    slope = tl.where(seen, slope, 0.0)
     return dq + tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
 
 
@@ -224,9 +224,9 @@ def key_kernel(
             prob = tl.exp2(tl.where(seen, logits - lse2[None, :], HIDDEN))
             dv_acc += tl.dot(prob.to(g.dtype), g, input_precision=PRECISION)
             slope = prob * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - slope_mean[None, :])
-            slope = tl.where(seen, slope, 0.0)
             if softcap is not None:
                 slope *= 1.0 - bent * bent
+            slope = tl.where(seen, slope, 0.0)  # last: a key that nobody sees may be NaN
             dk_acc += tl.dot(slope.to(q.dtype), q, input_precision=PRECISION)
 
     first_row = (batch * owners + owner) * num_rows
