@@ -38,7 +38,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, key, value = _operands(query, key, value)
     plan = Plan.make(query, key, value, problem, Pass.FORWARD)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device(query.get_device()):  # -1, which changes nothing, without one
         forward_kernel[plan.query_grid](
             query, key, value, out, lse, out.stride(), *plan.arguments(), **plan.constants()
         )
@@ -83,7 +83,7 @@ def backward(
     ds = torch.zeros(batch, heads, q_len, kv_len, device=device) if bias_grad and bias is not None else None
     query, key, value = _operands(query, key, value)
     given = (query, key, value, grad_out, lse.contiguous(), delta, grad_out.stride())
-    with torch.cuda.device_of(query):
+    with torch.cuda.device(query.get_device()):  # -1, which changes nothing, without one
         plan = Plan.make(query, key, value, problem, Pass.QUERIES)
         query_kernel[plan.query_grid](*given, dq, ds, *plan.arguments(), **plan.constants())
         plan = Plan.make(query, key, value, problem, Pass.KEYS)
