@@ -1,6 +1,7 @@
 """Dense against sparse: the same prompts, texts and turns for both, and what each cost."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .checks import InputError, fail
+from .kernels.dispatch import dense_runs
 from .measure import cost, quality, retrieval
 from .measure.flops import flops
 from .measure.memory import peak_memory_mb
@@ -101,8 +103,8 @@ def compare(
         on_progress: told what is being done.
 
     Returns:
-        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density", "notes"}`` of the evaluation; the
-        notes are a list for each step).
+        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density", "notes", "dense_runs"}``; the notes are
+        a list for each step; the last says how often a kernel ran dense, by reason, in what was evaluated and timed).
     """
     tokenizer = dense.need_tokenizer("run")
     models = {"dense": dense.model, "sparse": sparse.model}
@@ -113,7 +115,9 @@ def compare(
             on_progress(f"{name}: bits per byte, window {done} of {total}")
 
         applied.reset()
-        return _quality(plan, model, tokenizer, text, tell) | _densities(applied)
+        with dense_runs() as ran_dense:
+            found = _quality(plan, model, tokenizer, text, tell)
+        return found | _densities(applied) | {"dense_runs": ran_dense}
 
     evaluated = {}
     for name, model in models.items():
@@ -125,12 +129,13 @@ def compare(
             make = partial(_retrieval, plan, model, tokenizer, task, length, text)
             fields[name]["retrieval"].append(stage(f"{name}.{task}.{length}", make))
     timed = stage("cost", partial(_costs, plan, models, on_progress))
+    ran_dense = Counter(evaluated["sparse"]["dense_runs"]) + Counter(timed.pop("dense_runs"))
     for name in models:
         passkeys = [entry for entry in fields[name]["retrieval"] if entry["task"] == "passkey"]
         if passkeys:
             fields[name]["passkey_accuracy"] = max(passkeys, key=lambda entry: entry["length"])["accuracy"]
         fields[name] |= timed[name]
-    facts = evaluated["sparse"]
+    facts = evaluated["sparse"] | {"dense_runs": ran_dense}
     fields["sparse"]["density"] = facts["density"]
     fields["dense"]["density"] = dict.fromkeys(facts["density"], 1.0)
     return Measurement(**fields["dense"]), Measurement(**fields["sparse"]), facts
@@ -194,7 +199,13 @@ def _retrieval(
 
 
 def _costs(plan: Plan, models: dict[str, nn.Module], on_progress: Progress) -> dict[str, dict[str, Any]]:
-    """Times in turns, FLOPs and memory of both models."""
+    """Times in turns, FLOPs and memory of both models, and ``"dense_runs"``."""
+    with dense_runs() as ran_dense:
+        fields = _times(plan, models, on_progress)
+    return fields | {"dense_runs": ran_dense}
+
+
+def _times(plan: Plan, models: dict[str, nn.Module], on_progress: Progress) -> dict[str, dict[str, Any]]:
     measure, prompt = plan.measure, plan.prompt
     lengths = sorted({max(2, measure.prefill_tokens // share) for share in (4, 2, 1)})
     fields: dict[str, dict[str, Any]] = {name: {"prefill_ms_by_length": []} for name in models}

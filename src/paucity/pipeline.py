@@ -122,6 +122,7 @@ def run(
         record.notes += notes
         kept = [facts["density"][site] for site in step.density() if site in facts["density"]]
         record.density = sum(kept) / len(kept) if kept else None
+    ran_dense = [f"{count} times while measured, {why}." for why, count in facts["dense_runs"].items()]
     evaluated = TextFacts(names=[recipe.measure.text], tokens=facts["num_tokens"], bytes=facts["num_bytes"])
     calibrated = TextFacts(names=[recipe.calibration.text], tokens=sum(ids.numel() for ids in calibration))
     report = Report(
@@ -129,7 +130,7 @@ def run(
         seconds=time.monotonic() - started,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(),
-        model=_model_facts(dense, plan.notes),
+        model=_model_facts(dense, [*plan.notes, *ran_dense]),
         text=TextUse(evaluated=evaluated, calibrated=calibrated),
         dense=before,
         sparse=after,

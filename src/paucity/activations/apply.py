@@ -174,7 +174,7 @@ class _BlockLoss:
             self.close()
             self.path, self.calls = path, block_calls(self.model, path, self.batches)
             self.dense = [call.run(block) for call in self.calls]
-            self.applied = AppliedActivations(self.model, self.method, settings)
+            self.applied = AppliedActivations(self.model, self.method, settings, skip=False)
         self.applied.change(settings)
         outputs = [call.run(block) for call in self.calls]
         errors = [(output - dense).float().norm() for output, dense in zip(outputs, self.dense, strict=True)]

@@ -1,8 +1,9 @@
-"""Activation sparsity in force on a model: forward hooks that zero what a mask drops, and count.
+"""Activation sparsity in force on a model: what a mask drops is zeroed or not read, and counted.
 
 No class is patched, and `AppliedActivations.remove` leaves nothing behind. Every token is made sparse and counted: all
-positions, padding too, at any batch size. In this PyTorch path the zeros go through the dense matrix products: quality
-and density are real, the arithmetic and the time are not less. Only a kernel that gathers the kept columns saves them.
+positions, padding too, at any batch size. A linear layer whose weight is large enough to pay is replaced by one that,
+decoding up to 16 tokens at once, does not read the columns of dropped inputs (`SparseInputLinear`). Elsewhere the zeros
+go through the dense products: quality and density are real there, arithmetic and time are not less.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_choice, fail
 from ..models.sites import Site, find_sites, weight_view
 from ..ops.select import threshold_mask, topk_mask
+from . import linear
 from .cats import cats_mask
 from .teal import teal_mask
 from .wina import column_norm, wina_mask, wina_score
@@ -47,11 +48,14 @@ class _Gate:
         self.kept: Tensor | int = 0
         self.total = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def keep(self, x: Tensor) -> Tensor:
         mask = self.mask(x)
         self.kept = self.kept + mask.sum()  # stays on the device: nothing waits for it
         self.total += mask.numel()
-        return x.masked_fill(~mask, 0)
+        return mask
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.masked_fill(~self.keep(x), 0)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return self(args[0]), *args[1:]
@@ -64,11 +68,12 @@ class AppliedActivations:
     """Activation sparsity in force on a model.
 
     Args:
-        model: the model; its modules get hooks, nothing else of it changes.
+        model: the model; its modules get hooks, and large linear layers a stand-in with the same parameters.
         method: one of `METHODS`.
         settings: by site name; for ``cats`` the sites are the gates.
         options: of the step, for `state`.
         notes: what the user should know, for `state`.
+        skip: let large linear layers skip what is dropped; without it all is zeroed and multiplied.
 
     Raises:
         InputError: if a site is not in the model.
@@ -82,6 +87,7 @@ class AppliedActivations:
         *,
         options: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
+        skip: bool = True,
     ) -> None:
         check_choice("AppliedActivations", "method", method, METHODS)
         found = {site.name: site for site in find_sites(model)}
@@ -89,21 +95,32 @@ class AppliedActivations:
             if name not in found:
                 raise fail("AppliedActivations", "settings", "name sites of the model", name)
         self.model, self.method, self.settings = model, method, dict(settings)
-        self._options, self._notes = options or {}, list(notes)
+        self._options = options or {}
         self._sites = {name: found[name] for name in settings}
         self._gates = {name: _Gate(_mask_of(model, method, found[name], settings[name])) for name in settings}
         self._shares: dict[str, tuple[str, float]] = {}  # site -> (its gate, share of the site that the gate rules)
-        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+        dense = 0
         for name, gate in self._gates.items():
             if method == "cats":
-                self._handles.append(gate_activation(model, found[name]).register_forward_hook(gate.after))
+                self._undo.append(gate_activation(model, found[name]).register_forward_hook(gate.after).remove)
                 parent = found[name].module.rpartition(".")[0]
                 for site in found.values():
                     if site.module.rpartition(".")[0] == parent and site.kind in _GATED_SHARE:
                         self._shares[site.name] = name, _GATED_SHARE[site.kind]
+                        if site.kind == "down":
+                            dense += not (skip and self._install(site, _nonzero))
             else:
-                self._handles.append(model.get_submodule(found[name].module).register_forward_pre_hook(gate.before))
                 self._shares[name] = name, 1.0
+                if not (skip and self._install(found[name], gate.keep)):
+                    module, dense = model.get_submodule(found[name].module), dense + 1
+                    self._undo.append(module.register_forward_pre_hook(gate.before).remove)
+        if dense:
+            notes = [
+                *notes,
+                f"{dense} layers multiply the zeros: their weights are too small to gain, or not nn.Linear.",
+            ]
+        self._notes = list(dict.fromkeys(notes))
 
     @classmethod
     def from_state(cls, model: nn.Module, state: dict[str, Any]) -> Self:
@@ -119,9 +136,15 @@ class AppliedActivations:
                 self._gates[name].mask = _mask_of(self.model, self.method, self._sites[name], setting)
 
     def remove(self) -> None:
-        """Take all hooks off; the model is what it was. The densities measured so far stay."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Take all hooks and stand-ins off; the model is what it was. The densities measured so far stay."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _install(self, site: Site, keep: Callable[[Tensor], Tensor]) -> bool:
+        restore = None if site.tied else linear.install(self.model, site.module, keep)
+        if restore is not None:
+            self._undo.append(restore)
+        return restore is not None
 
     def density(self) -> dict[str, float]:
         """Share of the weight's entries used by the average token, by site name, for the sites that ran since `reset`.
@@ -142,6 +165,10 @@ class AppliedActivations:
         """``{"method", "options", "notes", "sites": {name: {"sparsity", "threshold"}}}``, for `from_state`."""
         sites = {name: asdict(setting) for name, setting in self.settings.items()}
         return {"method": self.method, "options": self._options, "notes": self._notes, "sites": sites}
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return x != 0
 
 
 _GATED_SHARE = {"gate": 0.0, "gate_up": 0.5, "up": 1.0, "down": 1.0}

@@ -1,12 +1,17 @@
 """Benchmarks: our kernels against dense and against peers, in turns in one process, as ratios."""
 
 import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 BENCHES: dict[str, str] = {
-    "attention": "sparse attention over given patterns against causal SDPA",
+    "attention": "sparse attention over given patterns, prefill, training and decoding, against SDPA and FlexAttention",
+    "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
+    "linear": "sparse-input and packed linears at batch 1 against F.linear",
     "prefill": "prefill of the embedded model with a policy, selection included, against the dense model",
+    "select": "top-k and statistical top-k of long rows against torch.topk",
+    "spmm": "1x1 convolutions with sparse weights against conv2d",
 }
 
 
@@ -18,10 +23,11 @@ class BenchRow:
         bench: name of the row.
         size: what was computed.
         ours: what of ours was timed.
-        baseline: what it was timed against.
+        baseline: what it was timed against: of several, the one that was fastest here.
         seconds: our median.
         baseline_seconds: the baseline's median.
-        limit_ratio: the ratio that the arithmetic left would allow at the baseline's speed.
+        limit_ratio: the ratio that the bytes moved or the arithmetic left would allow: for a kernel at the machine's
+            measured bandwidth and dense matrix products, for a whole model at its own dense speed.
     """
 
     bench: str
@@ -48,3 +54,32 @@ def run_bench(name: str) -> list[BenchRow]:
     module = importlib.import_module(f"{__name__}.{name}")
     rows: list[BenchRow] = module.run()
     return rows
+
+
+def kernel_row(
+    bench: str,
+    size: str,
+    ours: Callable[[], object],
+    baselines: Mapping[str, Callable[[], object]],
+    *,
+    how: str,
+    least_seconds: float,
+    repeats: int = 15,
+) -> BenchRow:
+    """Time one kernel and all its baselines in turns.
+
+    Args:
+        bench: name of the row.
+        size: what is computed.
+        ours: runs the kernel.
+        baselines: run the dense computation and peers, by name; the fastest counts.
+        how: what ``ours`` does.
+        least_seconds: what the machine would need at its best.
+        repeats: rounds.
+    """
+    from ..measure.cost import time_interleaved
+
+    timings = time_interleaved({"ours": ours, **baselines}, repeats=repeats, warmup=2).timings
+    fastest = min(baselines, key=lambda name: timings[name].median)
+    seconds = timings[fastest].median
+    return BenchRow(bench, size, how, fastest, timings["ours"].median, seconds, seconds / least_seconds)

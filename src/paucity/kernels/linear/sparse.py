@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ...checks import InputTypeError, check_bool, check_floating, check_int, check_ndim, check_range, check_shape, fail
+from .. import dispatch
 from . import op
 
 
@@ -13,6 +14,15 @@ def input_major(weight: Tensor) -> Tensor:
     """
     check_ndim("input_major", "weight", weight, 2)
     return weight if op.is_input_major(weight) else weight.t().contiguous().t()
+
+
+def pays(weight: Tensor) -> bool:
+    """Whether a token or a few, half of their inputs dropped, may go through ``weight`` faster than densely here.
+
+    False where the weight lies in a cache, and where only the reference would compute.
+    """
+    large = weight.numel() * weight.element_size() >= op.MIN_BYTES
+    return large and dispatch.twin(op.KERNEL, weight) != "reference"
 
 
 def sparse_input_linear(
