@@ -16,7 +16,7 @@ from paucity.checks import InputError
 from paucity.claims import CLAIMS
 
 PACKAGE = Path(inspect.getfile(paucity)).parent
-SHARED_FILES = {"__init__", "apply", "base", "interface", "policy"}
+SHARED_FILES = {"__init__", "apply", "base", "interface", "linear", "policy"}
 
 
 def test_names_are_sorted():

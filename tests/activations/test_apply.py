@@ -36,7 +36,9 @@ def test_every_architecture_is_sparse_counted_and_comes_back(tiny_model, archite
     assert set(applied.density()) == sites
     # 24 tokens only, and later sites see what earlier ones changed.
     assert applied.density() == pytest.approx(dict.fromkeys(sites, 0.6), abs=0.25 if method == "teal" else 0.02)
-    assert bool(applied.state()["notes"]) == any("expert_" in s.kind for s in find_sites(model, ("linear",)))
+    fused = any("expert_" in s.kind for s in find_sites(model, ("linear",)))
+    assert any("they are fused" in note for note in applied.state()["notes"]) == fused
+    assert f"{len(sites)} layers multiply the zeros" in applied.state()["notes"][-1]  # all too small to gain
     state = json.loads(json.dumps(applied.state()))
     applied.remove()
     assert torch.equal(model(ids).logits, dense)
