@@ -286,6 +286,30 @@ static __attribute__((noinline)) void take_panel(const void *data, const int64_t
   }
 }
 
+// Rows rows[r] of `to`, `wide` long, from column r of a panel [wide][TILE], times factor[r].
+template <class T>
+static __attribute__((noinline)) void write_panel(const float *from, const float *factor, int64_t count, int64_t wide,
+                                                  T *to, const int64_t *rows) {
+  for (int64_t r = 0; r < count; r += 16) {
+    const f32x16 times = load(factor + r);
+    for (int64_t i = 0; i < wide; i += 16) {
+      u32x16 x[16] = {};
+      const int64_t used = min_of(16, wide - i), least = min_of(16, count - r);
+      if (used == 16 && least == 16) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) x[j] = (u32x16)(load(from + (i + j) * TILE + r) * times);
+        transpose16(x);
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) store(to + rows[r + j] * wide + i, (f32x16)x[j]);
+        continue;
+      }
+      for (int64_t j = 0; j < used; j++) x[j] = (u32x16)(load(from + (i + j) * TILE + r) * times);
+      transpose16(x);
+      for (int64_t j = 0; j < least; j++) store_n(to + rows[r + j] * wide + i, (f32x16)x[j], used);
+    }
+  }
+}
+
 // Scaled products [key][lane] become logits times log2(e): soft cap, bias, -inf where a lane does not see a key.
 // `slope`, if given, becomes the soft cap's derivative.
 static void finish_logits(const Attention &p, int64_t count, int64_t lanes, const float *bias, const Sight &sight,

@@ -172,25 +172,7 @@ static __attribute__((noinline)) void give_out(const Attention &p, const Unit &u
       p.lse[rows[r]] = any ? (w.top[panel * TILE + r] + log2f(sum[r])) * LN2 : -__builtin_inff();
       sum[r] = any ? 1 / sum[r] : 0;
     }
-    for (int64_t r = 0; r < count; r += 16) {
-      const f32x16 factor = load(sum + r);
-      for (int64_t i = 0; i < wide; i += 16) {
-        u32x16 x[16] = {};
-        const int64_t used = min_of(16, wide - i), least = min_of(16, count - r);
-        if (used == 16 && least == 16) {
-#pragma GCC unroll 16
-          for (int j = 0; j < 16; j++) x[j] = (u32x16)(load(out + (i + j) * TILE + r) * factor);
-          transpose16(x);
-#pragma GCC unroll 16
-          for (int j = 0; j < 16; j++) store((T *)p.out + rows[r + j] * wide + i, (f32x16)x[j]);
-          continue;
-        }
-        for (int64_t j = 0; j < used; j++) x[j] = (u32x16)(load(out + (i + j) * TILE + r) * factor);
-        transpose16(x);
-        for (int64_t j = 0; j < least; j++)
-          store_n((T *)p.out + rows[r + j] * wide + i, (f32x16)x[j], used);
-      }
-    }
+    write_panel(out, sum, count, wide, (T *)p.out, rows);
   }
 }
 
