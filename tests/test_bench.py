@@ -1,10 +1,14 @@
 """Benchmarks: the rows keep their contract, and every one can be found."""
 
 import importlib
+import time
 
 import pytest
+import torch
 
-from paucity.bench import BENCHES, BenchRow
+from paucity.bench import BENCHES, BenchRow, attention, kernel_row, machine, run_bench
+
+PATTERNS = ("block10", "block100", "stripes10", "window512")
 
 
 def test_a_row_is_the_contract():
@@ -18,11 +22,67 @@ def test_every_benchmark_is_there(name):
     assert callable(importlib.import_module(f"paucity.bench.{name}").run)
 
 
-def test_the_attention_benchmark_times_what_it_says(monkeypatch):
-    from paucity.bench import attention
+SMALL = {
+    "attention": {"SHAPE": {"batch": 1, "heads": 2, "tokens": 512, "dim": 16}},
+    "decode": {"SHAPE": {"heads": 4, "group_heads": 2, "keys": 1024, "dim": 16}},
+    "linear": {"IN": 64, "OUT": 48},
+    "select": {"SHAPES": {"statistical": (4, 256, 13), "topk": (4, 256, 5), "topk_long": (1, 512, 7)}},
+    "codes": {"TOKENS": 8, "DICT_SIZE": 64, "DIM": 16, "K": 4},
+    "spmm": {"CHANNELS": 16, "SIZE": 6},
+}
+ROWS = {
+    "attention": {
+        *(f"attention.{name}.{short}" for name in PATTERNS for short in ("bf16", "fp32")),
+        *("attention.block10.flex", "attention.train10.bf16", "attention.decode5.bf16", "attention.decode100.bf16"),
+    },
+    "linear": {f"linear.{name}" for name in ("input50.fp32", "input50.bf16", "nm24.bf16", "bitmask50.bf16")},
+    "select": {"select.statistical", "select.topk", "select.topk_long"},
+    "codes": {"codes.decode", "codes.train"},
+    "spmm": {"spmm.conv1x1", "spmm.conv1x1_80"},
+}
 
-    monkeypatch.setattr(attention, "SHAPE", {"batch": 1, "heads": 2, "tokens": 512, "dim": 16})
-    rows = {row.bench: row for row in attention.run()}
-    assert rows["attention.block100.fp32"].limit_ratio == pytest.approx(1.0)
-    assert rows["attention.block10.fp32"].limit_ratio > 1.5
-    assert all(row.seconds > 0 and row.baseline_seconds > 0 for row in rows.values())
+
+@pytest.fixture
+def small(monkeypatch):
+    """Every benchmark at a size that takes no time, on a machine of one operation and one byte a second."""
+    for name, values in SMALL.items():
+        for constant, value in values.items():
+            monkeypatch.setattr(importlib.import_module(f"paucity.bench.{name}"), constant, value)
+    monkeypatch.setattr(attention, "_flex", lambda inputs, pattern: lambda: time.sleep(1e-4))
+    monkeypatch.setattr(machine, "arithmetic", lambda dtype: 1.0)
+    monkeypatch.setattr(machine, "bandwidth", lambda: 1.0)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_rows_have_their_names_and_times(small, name):
+    rows = run_bench(name)
+    assert {row.bench for row in rows} == ROWS[name]
+    for row in rows:
+        assert row.seconds > 0
+        assert row.baseline_seconds > 0
+        assert 0 < row.limit_ratio < row.baseline_seconds  # a second for each of many operations or bytes
+
+
+def test_a_tenth_of_the_blocks_is_a_tenth():
+    blocks = attention.tenth(3, 64)
+    assert (blocks.sum((-1, -2)) == 208).all()  # of 2,080 causal ones
+    assert blocks.diagonal(dim1=-2, dim2=-1).all()
+    assert not blocks.triu(1).any()
+
+
+def test_the_fastest_baseline_counts():
+    waits = {"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}
+    row = kernel_row("b", "s", lambda: None, waits, how="h", least_seconds=1e-4, repeats=3)
+    assert row.baseline == "fast"
+    assert row.limit_ratio == pytest.approx(row.baseline_seconds / 1e-4)
+
+
+def test_the_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(machine, "_DENSE", 64)
+    monkeypatch.setattr(machine, "_READ_BYTES", 2**20)
+    machine.arithmetic.cache_clear()
+    machine.bandwidth.cache_clear()
+    assert machine.least_seconds(flops=0, num_bytes=machine.bandwidth(), dtype=torch.float32) == 1
+    assert machine.least_seconds(flops=3 * machine.arithmetic(torch.float32), num_bytes=0, dtype=torch.float32) == 3
+    machine.arithmetic.cache_clear()
+    machine.bandwidth.cache_clear()
