@@ -45,6 +45,7 @@ class Case:
 
 CASES = [
     Case(1, 1),
+    Case(5, 7, pads=(0, 2), softcap=2.0, bias=(1, 4, 5)),
     Case(17, 19, pads=(0, 5), softcap=2.0, bias=(1, 4, 17)),
     Case(63, 63, pads=(0, 5)),
     Case(1, 130, softcap=2.0, group_heads=4),
@@ -84,7 +85,7 @@ SPECS = [
     Spec("exact", 2, 0, 128, (128,)),
 ]
 TABLE = [(case, spec) for case in CASES for spec in SPECS if case.causal or spec.kind != "window"]
-FEW = [TABLE[0], *[(case, spec) for case in CASES[1:2] for spec in SPECS[1::3]], *TABLE[3 + len(SPECS) * 5 :: 17]]
+FEW = [TABLE[0], *[(case, spec) for case in CASES[1:3] for spec in SPECS[1::3]], *TABLE[3 + len(SPECS) * 6 :: 17]]
 
 
 @functools.cache
@@ -159,8 +160,10 @@ def naive(case, spec, dtype):
     return out, lse, pairs
 
 
-def skip_where_slow(twin, case):
-    if twin.name == "triton" and case.tq * case.tk > 400 and twin.device == "cpu":
+def skip_where_slow(twin, case, spec):
+    """Triton's interpreter takes seconds for what the others do in no time: it gets the smallest cases."""
+    slow = twin.name == "triton" and twin.device == "cpu"
+    if slow and case is not CASES[0] and (case is not CASES[1] or spec not in (SPECS[1], SPECS[10])):
         pytest.skip("Triton's interpreter is slow")
 
 
@@ -175,7 +178,7 @@ def on(device, x):
 
 @pytest.mark.parametrize(("case", "spec"), TABLE)
 def test_matches_naive(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     expected, expected_lse, pairs = naive(case, spec, torch.float32)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     tensors = on(twin.device, dict(zip(("query", "key", "value"), case.inputs(), strict=True)))
@@ -193,7 +196,7 @@ def test_matches_naive(twin, case, spec):
 
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_bfloat16(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     expected, expected_lse, _ = naive(case, spec, torch.bfloat16)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     query, key, value = (x.to(twin.device) for x in case.inputs(torch.bfloat16))
@@ -228,7 +231,7 @@ def dense(query, key, value, kept, *, padding, window, softcap, bias, causal, si
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_gradients_match_dense(twin, case, spec, with_sinks):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     options = case.options()
     tensors = [*case.inputs(), torch.linspace(-1, 1, HEADS)]
@@ -259,9 +262,9 @@ def test_gradients_match_dense(twin, case, spec, with_sinks):
         torch.testing.assert_close(ours.cpu().double(), theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "spec"), [TABLE[9], *FEW[1:5]])
+@pytest.mark.parametrize(("case", "spec"), [TABLE[9], *FEW[4:9]])
 def test_bfloat16_gradients(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     tensors, options = case.inputs(torch.bfloat16), case.options()
     weight = torch.randn(BATCH, HEADS, case.tq, 8, generator=torch.Generator().manual_seed(5))
@@ -278,7 +281,7 @@ def test_bfloat16_gradients(twin, case, spec):
 
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_what_nobody_sees_is_not_read(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     options = case.options()
     query, key, value = case.inputs()
@@ -295,9 +298,9 @@ def test_what_nobody_sees_is_not_read(twin, case, spec):
         torch.testing.assert_close(ours, clean, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "spec"), FEW[1:6])
+@pytest.mark.parametrize(("case", "spec"), FEW[4:10])
 def test_any_strides(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     plain = [x.to(twin.device) for x in case.inputs()]
     transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
