@@ -250,7 +250,7 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
 
 // Pointers to the keys' or values' rows of a tile, `length` long; a key that nobody sees reads as zeros.
 template <class T, class E>
-static void take_rows(const void *data, const int64_t *strides, const Unit &u, const Tile &t, const uint64_t *seen,
+static __attribute__((noinline)) void take_rows(const void *data, const int64_t *strides, const Unit &u, const Tile &t, const uint64_t *seen,
                       int64_t length, E *converted, const T *zeros, const T **rows, const E **elements) {
   const T *base = (const T *)data + u.b * strides[0] + u.kv_head * strides[1];
   const int64_t width = in_elements<E>(length), step = strides[2], count = t.count;
@@ -269,12 +269,12 @@ static void prefetch(const void *data, const int64_t *strides, const Unit &u, co
   const char *base = (const char *)((const T *)data + u.b * strides[0] + u.kv_head * strides[1]);
   const int64_t step = strides[2] * sizeof(T), bytes = length * sizeof(T);
   for (int64_t k = 0; k < count; k++)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i, 0, 2);
 }
 
 // Rows of queries, or of something that lies as the output does, of one panel.
 template <class T, class E>
-static void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,
+static __attribute__((noinline)) void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,
                        int64_t length, E *converted, const T **rows, const E **elements) {
   const int64_t width = in_elements<E>(length), count = min_of(TILE, u.rows - panel * TILE);
   const int64_t head_step = strides[1], query_step = strides[2];
@@ -283,6 +283,30 @@ static void take_panel(const void *data, const int64_t *strides, const Unit &u, 
   for (int64_t i = 0; i < count; i++) {
     rows[i] = base + head[i] * head_step + query[i] * query_step;
     elements[i] = as_elements(rows[i], length, converted + i * width);
+  }
+}
+
+// Rows rows[r] of `to`, `wide` long, from column r of a panel [wide][TILE], times factor[r].
+template <class T>
+static __attribute__((noinline)) void write_panel(const float *from, const float *factor, int64_t count, int64_t wide,
+                                                  T *to, const int64_t *rows) {
+  for (int64_t r = 0; r < count; r += 16) {
+    const f32x16 times = load(factor + r);
+    for (int64_t i = 0; i < wide; i += 16) {
+      u32x16 x[16] = {};
+      const int64_t used = min_of(16, wide - i), least = min_of(16, count - r);
+      if (used == 16 && least == 16) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) x[j] = (u32x16)(load(from + (i + j) * TILE + r) * times);
+        transpose16(x);
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) store(to + rows[r + j] * wide + i, (f32x16)x[j]);
+        continue;
+      }
+      for (int64_t j = 0; j < used; j++) x[j] = (u32x16)(load(from + (i + j) * TILE + r) * times);
+      transpose16(x);
+      for (int64_t j = 0; j < least; j++) store_n(to + rows[r + j] * wide + i, (f32x16)x[j], used);
+    }
   }
 }
 

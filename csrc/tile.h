@@ -195,35 +195,59 @@ static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, 
   if (left == 1) columns<1, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
 }
 
-// out[lane][i] = in[i][lane] for 16 by 16 elements of 4 bytes.
+// x[i][j] and x[j][i] change places, for 16 by 16 elements of 4 bytes.
 INLINE void transpose16(u32x16 *x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < 16; step *= 2) {
-    u32x16 low, high;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      low[i] = i & step ? 16 + i - step : i;
-      high[i] = i & step ? 16 + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      if (!(i & step)) {
-        u32x16 a = x[i], b = x[i + step];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + step] = __builtin_shuffle(a, b, high);
-      }
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // b[i + c] holds column c of each four columns, of rows i to i + 3
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    __m512i even_low = _mm512_shuffle_i32x4(b[c], b[c + 4], 0x88), odd_low = _mm512_shuffle_i32x4(b[c], b[c + 4], 0xdd);
+    __m512i even_high = _mm512_shuffle_i32x4(b[c + 8], b[c + 12], 0x88);
+    __m512i odd_high = _mm512_shuffle_i32x4(b[c + 8], b[c + 12], 0xdd);
+    x[c] = (u32x16)_mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    x[c + 8] = (u32x16)_mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    x[c + 4] = (u32x16)_mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    x[c + 12] = (u32x16)_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < i; j++) {
+      uint32_t other = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = other;
+    }
+#endif
 }
 
 // to[k][lane] = rows[lane][k] for `lanes` (at most 64) rows of `depth` elements; lanes up to the next multiple of 16
 // become 0.
 template <class E>
-static void pack_across(const E *const *rows, int64_t lanes, int64_t depth, E *to, int64_t ldt) {
+static __attribute__((noinline)) void pack_across(const E *const *rows, int64_t lanes, int64_t depth, E *to, int64_t ldt) {
   static_assert(sizeof(E) == 4, "an element has four bytes");
   for (int64_t lane = 0; lane < lanes; lane += 16)
     for (int64_t k = 0; k < depth; k += 16) {
       u32x16 x[16];
       int64_t used = min_of(16, lanes - lane), deep = min_of(16, depth - k);
+      if (used == 16 && deep == 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) memcpy(&x[i], rows[lane + i] + k, sizeof x[i]);
+        transpose16(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) memcpy(to + (k + i) * ldt + lane, &x[i], sizeof x[i]);
+        continue;
+      }
       for (int i = 0; i < 16; i++) {
         x[i] = u32x16{};
         if (i < used) x[i] = (u32x16)load_n((const float *)(rows[lane + i] + k), deep);

@@ -136,3 +136,68 @@ def _run(code: int, key: Tensor) -> None:
 def _shared_strides(tensor: Tensor) -> list[int]:
     """Strides of all dimensions but the last, 0 for those of size 1."""
     return [0 if size == 1 else step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    *,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of what `forward` gave.
+
+    Args:
+        grad_out: ``[B, H, Tq, Dv]``, of ``out``.
+        grad_lse: ``[B, H, Tq]``, of ``lse``; None is zeros.
+        query: as given to `forward`, like all up to ``problem``.
+        key: as there.
+        value: as there.
+        out: what `forward` gave.
+        lse: what `forward` gave.
+        problem: as there.
+        bias_grad: whether the bias needs a gradient.
+
+    Returns:
+        Gradients of ``query``, ``key`` and ``value`` in their dtype, and of the bias in float32, or None. They are
+        summed in float32; queries that saw nothing get and give none.
+
+    Raises:
+        InputError: if a list holds a position that no key has.
+    """
+    call = _Call(query, key, value, problem)
+    call.point(out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out.to(query.dtype).contiguous())
+    if grad_lse is not None:
+        call.point(grad_lse=grad_lse.float().contiguous())
+    batch, kv_heads, keys, dim = key.shape
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    parts = max(1, -(-_PARTS // max(1, batch * kv_heads)))
+    width = sum(-(-size // 16) * 16 for size in (dim, value.shape[-1]))
+    sums = torch.empty(batch, kv_heads, parts, keys, width)
+    call.point(sums=sums, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
+    call.set(parts=parts)
+    bias, shared = (problem.bias if bias_grad else None), None
+    if bias is not None:
+        # Nobody adds to what another part of the work adds to.
+        by_head, rows = bias.shape[1] > 1, bias.shape[2]
+        slots = (batch, query.shape[1] if by_head else kv_heads, parts if rows == 1 else 1)
+        shared = torch.zeros(*slots, rows, keys)
+        call.point(grad_bias=shared)
+        call.set(grad_bias_strides=(_INT * 4)(*_shared_strides(shared)), grad_bias_by_head=int(by_head))
+    _run(_backward(call.struct), key)
+    return grads[0], grads[1], grads[2], None if bias is None or shared is None else _reduced(shared, bias)
+
+
+def _reduced(shared: Tensor, bias: Tensor) -> Tensor:
+    """Sums over batch, heads and parts ``[B, heads, parts, rows, keys]`` in a fixed order, to the shape of the bias."""
+    parts = shared.unbind(2)
+    if bias.shape[1] == 1:
+        parts = tuple(head.unsqueeze(1) for part in parts for head in part.unbind(1))
+    if bias.shape[0] == 1:
+        parts = tuple(row.unsqueeze(0) for part in parts for row in part.unbind(0))
+    return functools.reduce(torch.add, parts)
