@@ -11,7 +11,7 @@ struct Sizes {
   int64_t queries, keys, dim, value_dim;
   int64_t key_batch, key_head, key_row;
   int64_t value_batch, value_head, value_row;
-  int64_t pages, page_size, page_bytes, page_batch, page_head;  // pages in a list; bytes of a number; strides
+  int64_t pages, page_size, page_bytes, page_batch, page_head;  // pages in a list; bytes of a number, 0: no list
   int64_t window;                                               // 0: none
   float scale, softcap;                                         // softcap 0: none
 };
@@ -308,7 +308,7 @@ int64_t positions(const Sizes &s, const Cache &c, int64_t batch, int64_t head, i
   const uint8_t *real = c.padding ? c.padding + batch * s.keys : nullptr;
   int64_t n = 0;
   for (int64_t page = first / s.page_size; page * s.page_size < stop; page++) {
-    const int64_t number = c.pages ? page_at(s, c.pages, list + page) : page;
+    const int64_t number = s.page_bytes ? page_at(s, c.pages, list + page) : page;
     if (number < 0) continue;
     const int64_t shift = (number - page) * s.page_size;
     const int64_t low = max_of(max_of(page * s.page_size, first) + shift, earliest);
@@ -422,7 +422,7 @@ PAUCITY_KERNEL(decode_attention)
   if (lengths)
     for (int64_t b = 0; b < s.batch; b++)
       if (lengths[b] < 0 || lengths[b] > s.keys) return LENGTH;
-  if (pages) {
+  if (s.page_bytes) {
     if (out_of_range(s, pages)) return PAGE;
   } else {
     s.page_size = 64;

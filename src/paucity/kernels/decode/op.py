@@ -1,4 +1,4 @@
-"""Decode attention as an operator: the twin is picked, numbers out of range are refused, gradients are the reference's."""
+"""Decode attention as an operator: picks the twin, refuses numbers out of range, has the reference's gradients."""
 
 from typing import Any
 
