@@ -166,6 +166,15 @@ def test_empty_lists_see_nothing(twin):
     assert (out == 0).all()
 
 
+def test_a_page_may_be_longer_than_the_cache(twin):
+    query, key, value = (x.to(twin.device) for x in inputs(4, 2, 1, 20, 8, 8))
+    pages = torch.zeros(1, 1, 1, dtype=torch.int32, device=twin.device)
+    expected = decode_attention(query, key, value)
+    assert torch.equal(decode_attention(query, key, value, pages, page_size=2**62), expected)
+    long_window = decode_attention(query, key, value, window=2**40)
+    torch.testing.assert_close(long_window, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_parts_merge_by_lse(twin):
     query, key, value = (x.to(twin.device) for x in inputs(4, 2, 1, 64, 8, 8))
     whole, lse = decode_attention(query, key, value, return_lse=True)
