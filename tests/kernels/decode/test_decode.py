@@ -148,11 +148,11 @@ def test_a_slice_of_a_larger_buffer_is_read_where_it_lies(twin):
 @pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 def test_a_cache_is_not_copied(monkeypatch):
     monkeypatch.setenv("PAUCITY_KERNELS", "native")
-    buffer = torch.zeros(1, 1, 70_000, 64)
-    query, pages = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, dtype=torch.int64)
+    buffer = torch.zeros(1, 2, 9_000, 64)
+    query, pages = torch.zeros(1, 2, 1, 64), torch.zeros(1, 1, 1, dtype=torch.int64)
     decode_attention(query, buffer[:, :, :9], buffer[:, :, :9], pages)
     with torch.profiler.profile(profile_memory=True) as profile:
-        decode_attention(query, buffer[:, :, :69_999], buffer[:, :, 1:], pages)
+        decode_attention(query, buffer[:, :, :8_999], buffer[:, :, 1:], pages)
     assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < 10_000
 
 
