@@ -1,8 +1,19 @@
 """Formats: what holds the entries that stay, each with an exact way back to the dense tensor."""
 
 from .block import BlockMask
+from .block_rows import PackedBlocks
 from .codes import Codes
 from .masks import Masks, SparsityReport
 from .packed import PackedBitmask, PackedNM, pack_bits, unpack_bits
 
-__all__ = ["BlockMask", "Codes", "Masks", "PackedBitmask", "PackedNM", "SparsityReport", "pack_bits", "unpack_bits"]
+__all__ = [
+    "BlockMask",
+    "Codes",
+    "Masks",
+    "PackedBitmask",
+    "PackedBlocks",
+    "PackedNM",
+    "SparsityReport",
+    "pack_bits",
+    "unpack_bits",
+]

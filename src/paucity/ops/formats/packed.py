@@ -41,15 +41,16 @@ class PackedNM:
     """A weight ``[..., rows, cols]`` with at most ``n`` nonzeros in every ``m`` consecutive columns.
 
     Attributes:
-        values: ``[..., rows, cols * n / m]``, the weight's dtype; a group with fewer nonzeros is filled up with zeros.
-        positions: uint8 ``[..., rows, ceil(cols * n / m / 2)]``; the place of each value in its group, ascending, four
-            bits each, the first of a pair in the low half. An odd last half is 0.
+        values: ``[..., rows, cols * n / m]``, the weight's dtype, by column; a group with fewer nonzeros is filled up
+            with zeros.
+        bits: uint8 ``[..., rows, ceil(cols / 8)]`` as `pack_bits` lays them: where the values stand, ``n`` in every
+            group. The zeros that fill up a group take its first free places.
         n: values kept of a group.
         m: columns of a group, at most 16.
     """
 
     values: Tensor
-    positions: Tensor
+    bits: Tensor
     n: int
     m: int
 
@@ -59,8 +60,8 @@ class PackedNM:
         check_floating("PackedNM", "values", self.values)
         _check_matrix("PackedNM", "values", self.values, least=2)
         check_divides("PackedNM", "n", self.n, self.values.shape[-1], "the last size of values")
-        _check_dtype("PackedNM", "positions", self.positions, torch.uint8)
-        check_shape("PackedNM", "positions", self.positions, *self.values.shape[:-1], -(-self.values.shape[-1] // 2))
+        _check_dtype("PackedNM", "bits", self.bits, torch.uint8)
+        check_shape("PackedNM", "bits", self.bits, *self.values.shape[:-1], -(-self.shape[-1] // 8))
 
     @classmethod
     def pack(cls, weight: Tensor, n: int, m: int) -> Self:
@@ -80,19 +81,17 @@ class PackedNM:
             *row, group = (counts > n).nonzero()[0].tolist()
             found = f"{counts[(*row, group)]} in row {row}, columns {group * m} to {group * m + m - 1}"
             raise fail("PackedNM.pack", "weight", f"have at most {n} nonzeros in every {m} columns", found)
-        order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
-        values = groups.gather(-1, order)
-        values = torch.where(values != 0, values, 0).flatten(-2)  # -0.0 is packed as 0.0
-        nibbles = F.pad(order.to(torch.uint8).flatten(-2), (0, values.shape[-1] % 2))
-        return cls(values, nibbles[..., ::2] | nibbles[..., 1::2] << 4, n, m)
+        places = kept | ((~kept).cumsum(-1) <= n - counts.unsqueeze(-1))
+        values = torch.where(groups != 0, groups, 0)[places]  # -0.0 is packed as 0.0
+        return cls(values.view(*weight.shape[:-1], counts.shape[-1] * n), pack_bits(places.flatten(-2)), n, m)
 
     def columns(self) -> Tensor:
         """Column of each value in the dense weight: int64, the shape of ``values``."""
-        return self._places().long().add_(self._group_start())
+        return self._mask().nonzero()[:, -1].view(self.values.shape)
 
     def unpack(self) -> Tensor:
         """The dense weight ``[..., rows, cols]``."""
-        return self.values.new_zeros(self.shape).scatter_(-1, self.columns(), self.values)
+        return self.values.new_zeros(self.shape).masked_scatter_(self._mask(), self.values)
 
     @property
     def shape(self) -> torch.Size:
@@ -102,7 +101,7 @@ class PackedNM:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form."""
-        return self.values.nbytes + self.positions.nbytes
+        return self.values.nbytes + self.bits.nbytes
 
     @property
     def compression(self) -> float:
@@ -111,34 +110,30 @@ class PackedNM:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
-        return type(self)(self.values.to(device), self.positions.to(device), self.n, self.m)
+        return type(self)(self.values.to(device), self.bits.to(device), self.n, self.m)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that ``from_tensors`` needs, as tensors for safetensors: values, positions and ``nm`` (int64 ``[2]``)."""
-        return {"values": self.values, "positions": self.positions, "nm": torch.tensor([self.n, self.m])}
+        """All that ``from_tensors`` needs, as tensors for safetensors: values, bits and ``nm`` (int64 ``[2]``)."""
+        return {"values": self.values, "bits": self.bits, "nm": torch.tensor([self.n, self.m])}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Back from ``tensors()``.
 
         Raises:
-            InputError: if a tensor is missing or does not fit, or positions do not ascend within their group.
+            InputError: if a tensor is missing or does not fit, or a group has not ``n`` bits.
         """
-        _check_keys("PackedNM.from_tensors", tensors, ("values", "positions", "nm"))
+        _check_keys("PackedNM.from_tensors", tensors, ("values", "bits", "nm"))
         check_shape("PackedNM.from_tensors", "nm", tensors["nm"], 2)
         n, m = map(int, tensors["nm"].tolist())
-        packed = cls(tensors["values"], tensors["positions"], n, m)
-        places = packed._places().reshape(*packed.values.shape[:-1], packed.values.shape[-1] // n, n)
-        if (places >= m).any() or (places[..., 1:] <= places[..., :-1]).any():
-            raise fail("PackedNM.from_tensors", "positions", f"ascend below {m} in each group", "others")
+        packed = cls(tensors["values"], tensors["bits"], n, m)
+        groups = packed._mask().reshape(*packed.values.shape[:-1], packed.shape[-1] // m, m)
+        if (groups.sum(-1) != n).any():
+            raise fail("PackedNM.from_tensors", "bits", f"have {n} set in every group of {m}", "others")
         return packed
 
-    def _places(self) -> Tensor:
-        both = torch.stack((self.positions & 15, self.positions >> 4), -1).flatten(-2)
-        return both[..., : self.values.shape[-1]]
-
-    def _group_start(self) -> Tensor:
-        return torch.arange(self.values.shape[-1], device=self.values.device) // self.n * self.m
+    def _mask(self) -> Tensor:
+        return unpack_bits(self.bits, self.shape[-1])
 
     def __repr__(self) -> str:
         """Pattern, dense shape, dtype and compression."""

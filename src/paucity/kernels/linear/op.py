@@ -1,0 +1,211 @@
+"""Linears over some inputs or for some outputs as operators of torch, with gradients; which way each call runs.
+
+The operators take tokens as rows: ``x [T, in]``. `dense_reason` is the one place that decides between the kernel and
+the dense product of the masked input.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import dispatch
+from . import native, reference
+
+KERNEL = "sparse linear"
+MAX_TOKENS = 16
+"""More tokens than this run dense: together they keep nearly every input, and memory no longer limits the product."""
+MAX_KEPT = 0.85
+"""With a larger share kept, streaming the whole weight is as fast."""
+MIN_BYTES = 2**20
+"""A smaller weight lies in a cache, and the time of a call is what it takes to make it."""
+
+
+def twin_module(kernel: str, x: Tensor) -> ModuleType:
+    """The twin that computes ``kernel`` on ``x``, as a module."""
+    chosen = dispatch.twin(kernel, x)
+    if chosen == "triton":
+        return importlib.import_module(".triton", __package__)
+    return native if chosen == "native" else reference
+
+
+def is_input_major(weight: Tensor) -> bool:
+    """Whether the weights of one input lie together in memory: ``stride(0) == 1``."""
+    rows, cols = weight.shape
+    return (rows <= 1 or weight.stride(0) == 1) and (cols <= 1 or weight.stride(1) >= rows)
+
+
+def dense_reason(x: Tensor, weight: Tensor, fits: bool, layout: str) -> str | None:
+    """Why a call runs dense before its mask is looked at, or None.
+
+    Args:
+        x: ``[T, in]``.
+        weight: ``[out, in]``.
+        fits: whether the weight is laid out as the kernel reads it.
+        layout: the name of that layout.
+    """
+    if not fits:
+        return f"the weight is not stored {layout}"
+    if x.shape[0] > MAX_TOKENS:
+        return f"more than {MAX_TOKENS} tokens"
+    if not x.shape[0] or weight.numel() * weight.element_size() < MIN_BYTES:
+        return "the weight is small"
+    return None
+
+
+def _most(size: int) -> int:
+    return int(size * MAX_KEPT)
+
+
+def _too_many() -> None:
+    dispatch.note_dense(KERNEL, f"more than {MAX_KEPT:.0%} kept")
+
+
+@torch.library.custom_op("paucity::sparse_input_linear", mutates_args=())
+def sparse_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float | None, k: int | None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.sparse_input`: ``(out, mask)``."""
+    twin = twin_module(KERNEL, x)
+    if twin is reference:
+        out, mask = reference.sparse_input(x, weight, bias, norm, threshold, k, weight.shape[1])
+        return out, mask  # type: ignore[return-value]
+    if reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
+        dispatch.note_dense(KERNEL, reason)
+        mask = reference.select_inputs(x, norm, threshold, k)
+        return F.linear(x.masked_fill(~mask, 0), weight, bias), mask
+    out, mask = twin.sparse_input(x.contiguous(), weight, bias, norm, threshold, k, _most(weight.shape[1]))
+    if out is None:
+        _too_many()
+        out = F.linear(x.masked_fill(~mask, 0), weight, bias)
+    return out, mask
+
+
+@torch.library.custom_op("paucity::masked_input_linear", mutates_args=())
+def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.masked_input`."""
+    twin = twin_module(KERNEL, x)
+    out: Tensor | None = None
+    if twin is reference:
+        out = reference.masked_input(x, weight, mask, bias, weight.shape[1])
+    elif reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
+        dispatch.note_dense(KERNEL, reason)
+    else:
+        out = twin.masked_input(x.contiguous(), weight, mask.contiguous(), bias, _most(weight.shape[1]))
+        if out is None:
+            _too_many()
+    return F.linear(x.masked_fill(~mask, 0), weight, bias) if out is None else out
+
+
+@torch.library.custom_op("paucity::sparse_output_linear", mutates_args=())
+def sparse_output(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.sparse_output`."""
+    twin = twin_module(KERNEL, x)
+    out: Tensor | None = None
+    if twin is reference:
+        out = reference.sparse_output(x, weight, rows, bias, weight.shape[0])
+    elif reason := dense_reason(x, weight, weight.shape[1] <= 1 or weight.stride(1) == 1, "output-major"):
+        dispatch.note_dense(KERNEL, reason)
+    else:
+        out = twin.sparse_output(x.contiguous(), weight, rows.contiguous(), bias, _most(weight.shape[0]))
+        if out is None:
+            _too_many()
+    return F.linear(x, weight, bias).masked_fill(~rows, 0) if out is None else out
+
+
+@sparse_input.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, norm: Any, threshold: Any, k: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape, dtype=torch.bool)
+
+
+@masked_input.register_fake
+def _(x: Tensor, weight: Tensor, mask: Tensor, bias: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@sparse_output.register_fake
+def _(x: Tensor, weight: Tensor, rows: Tensor, bias: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _input_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias: ``(dy W) * mask``, ``dy^T (x * mask)`` and the sum of ``dy``."""
+    x, weight, mask = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs
+    return (
+        (grad @ weight).masked_fill(~mask, 0) if needs_x else None,
+        (x.masked_fill(~mask, 0).t() @ grad).t() if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+def _save_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight = inputs[:2]
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.needs = ctx.needs_input_grad[:3]
+
+
+def _selected_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_input_gradients(ctx, grad), None, None, None
+
+
+def _save_masked(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, mask, _ = inputs
+    ctx.save_for_backward(x, weight, mask)
+    ctx.needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
+
+
+def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = _input_gradients(ctx, grad)
+    return dx, dweight, None, dbias
+
+
+def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, rows = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs
+    grad = grad.masked_fill(~rows, 0)
+    return (
+        grad @ weight if needs_x else None,
+        grad.t() @ x if needs_weight else None,
+        None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+sparse_input.register_autograd(_selected_backward, setup_context=_save_selected)
+masked_input.register_autograd(_masked_backward, setup_context=_save_masked)
+sparse_output.register_autograd(_output_backward, setup_context=_save_masked)
+
+
+def _flops(x: Tensor, weight: Tensor, mask: Tensor, size: int, fits: bool) -> int:
+    """Of the product that ran: over the columns or rows that any token keeps, or over all of them."""
+    other, kept = weight.numel() // max(1, size), size
+    runs_reference = dispatch.twin(KERNEL, x) == "reference"
+    if (
+        not isinstance(mask, FakeTensor)
+        and not mask.is_meta
+        and (runs_reference or not dense_reason(x, weight, fits, ""))
+    ):
+        counted = int(mask.any(0).sum())
+        kept = counted if runs_reference or counted <= _most(size) else size
+    return 2 * x.shape[0] * other * kept
+
+
+@register_flop_formula(torch.ops.paucity.sparse_input_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _sparse_input_flops(x: Tensor, weight: Tensor, *_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
+    return _flops(x, weight, out_val[1], weight.shape[1], is_input_major(weight))
+
+
+@register_flop_formula(torch.ops.paucity.masked_input_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _masked_input_flops(x: Tensor, weight: Tensor, mask: Tensor, *_: Any, **__: Any) -> int:
+    return _flops(x, weight, mask, weight.shape[1], is_input_major(weight))
+
+
+@register_flop_formula(torch.ops.paucity.sparse_output_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _sparse_output_flops(x: Tensor, weight: Tensor, rows: Tensor, *_: Any, **__: Any) -> int:
+    return _flops(x, weight, rows, weight.shape[0], weight.shape[1] <= 1 or weight.stride(1) == 1)

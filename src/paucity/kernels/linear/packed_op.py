@@ -1,0 +1,159 @@
+"""Linears with packed weights as operators of torch, with gradients to the input and the bias.
+
+The weights are frozen. Up to `MAX_TOKENS` tokens, a twin streams the packed weight through the registers; with more, it
+is unpacked in chunks of rows that stay in a cache, each followed by a dense product.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .op import twin_module
+
+KERNEL = "packed linear"
+MAX_TOKENS = 16
+"""More tokens than this share each unpacked chunk of the weight."""
+CHUNK_BYTES = 2**22
+"""Of the unpacked rows that are multiplied at a time."""
+
+
+def _chunks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of the chunks of ``rows``."""
+    step = max(1, min(rows, CHUNK_BYTES // max(1, row_bytes)))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _prefill(x: Tensor, rows: int, height: int, bias: Tensor | None, unpack: Callable[[int, int], Tensor]) -> Tensor:
+    """``x W^T + bias``; ``unpack(start, stop)`` gives rows of the weight, counted in units of ``height`` rows."""
+    out = x.new_empty(x.shape[0], rows * height)
+    for start, stop in _chunks(rows, x.shape[1] * x.element_size() * height):
+        span = slice(start * height, stop * height)
+        out[:, span] = F.linear(x, unpack(start, stop), None if bias is None else bias[span])
+    return out
+
+
+def _backward(grad: Tensor, cols: int, rows: int, height: int, unpack: Callable[[int, int], Tensor]) -> Tensor:
+    """``dy W``, added up over chunks of rows in float32 at least."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    out = grad.new_zeros(grad.shape[0], cols, dtype=wide)
+    for start, stop in _chunks(rows, cols * grad.element_size() * height):
+        out = out + grad[:, start * height : stop * height] @ unpack(start, stop)
+    return out.to(grad.dtype)
+
+
+@torch.library.custom_op("paucity::packed_bits_linear", mutates_args=())
+def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See `reference.packed_bits`."""
+    twin = twin_module(KERNEL, x)
+    if x.shape[0] <= MAX_TOKENS:
+        out: Tensor = twin.packed_bits(x.contiguous(), values, bits, row_offsets, bias)
+        return out
+
+    def unpack(start: int, stop: int) -> Tensor:
+        chunk: Tensor = twin.unpack_bit_rows(values, bits, row_offsets, x.shape[1], start, stop)
+        return chunk
+
+    return _prefill(x, bits.shape[0], 1, bias, unpack)
+
+
+@torch.library.custom_op("paucity::unpack_bit_rows", mutates_args=())
+def unpack_bit_rows(
+    values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: int, start: int, stop: int
+) -> Tensor:
+    """See `reference.unpack_bit_rows`."""
+    out: Tensor = twin_module(KERNEL, values).unpack_bit_rows(values, bits, row_offsets, cols, start, stop)
+    return out
+
+
+@torch.library.custom_op("paucity::packed_blocks_linear", mutates_args=())
+def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.packed_blocks`."""
+    twin = twin_module(KERNEL, x)
+    if x.shape[0] <= MAX_TOKENS:
+        out: Tensor = twin.packed_blocks(x.contiguous(), values, columns, row_offsets, bias)
+        return out
+
+    def unpack(start: int, stop: int) -> Tensor:
+        chunk: Tensor = twin.unpack_block_rows(values, columns, row_offsets, x.shape[1], start, stop)
+        return chunk
+
+    return _prefill(x, len(row_offsets) - 1, values.shape[1], bias, unpack)
+
+
+@torch.library.custom_op("paucity::unpack_block_rows", mutates_args=())
+def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
+    """See `reference.unpack_block_rows`."""
+    out: Tensor = twin_module(KERNEL, values).unpack_block_rows(values, columns, row_offsets, cols, start, stop)
+    return out
+
+
+@packed_bits.register_fake
+def _(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Any, bias: Any) -> Tensor:
+    return x.new_empty(x.shape[0], bits.shape[0])
+
+
+@unpack_bit_rows.register_fake
+def _(values: Tensor, bits: Tensor, row_offsets: Any, cols: int, start: int, stop: int) -> Tensor:
+    return values.new_empty(stop - start, cols)
+
+
+@packed_blocks.register_fake
+def _(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Any) -> Tensor:
+    return x.new_empty(x.shape[0], (row_offsets.shape[0] - 1) * values.shape[1])
+
+
+@unpack_block_rows.register_fake
+def _(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
+    return values.new_empty((stop - start) * values.shape[1], cols)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, _ = inputs
+    ctx.packed, ctx.cols = packed, x.shape[1]
+
+
+def _bits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, bits, row_offsets = ctx.packed
+    dx = None
+    if ctx.needs_input_grad[0]:
+
+        def unpack(start: int, stop: int) -> Tensor:
+            chunk: Tensor = unpack_bit_rows(values, bits, row_offsets, ctx.cols, start, stop)
+            return chunk
+
+        dx = _backward(grad, ctx.cols, bits.shape[0], 1, unpack)
+    return dx, None, None, None, grad.sum(0) if ctx.needs_input_grad[4] else None
+
+
+def _blocks_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, columns, row_offsets = ctx.packed
+    dx = None
+    if ctx.needs_input_grad[0]:
+
+        def unpack(start: int, stop: int) -> Tensor:
+            chunk: Tensor = unpack_block_rows(values, columns, row_offsets, ctx.cols, start, stop)
+            return chunk
+
+        dx = _backward(grad, ctx.cols, row_offsets.shape[0] - 1, values.shape[1], unpack)
+    return dx, None, None, None, grad.sum(0) if ctx.needs_input_grad[4] else None
+
+
+packed_bits.register_autograd(_bits_backward, setup_context=_save)
+packed_blocks.register_autograd(_blocks_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.paucity.packed_bits_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _packed_bits_flops(x: Tensor, values: Tensor, bits: Tensor, *_: Any, **__: Any) -> int:
+    """As of the dense product: zeros are put back in the registers, which saves bytes and no arithmetic."""
+    return 2 * x.shape[0] * x.shape[1] * bits.shape[0]
+
+
+@register_flop_formula(torch.ops.paucity.packed_blocks_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _packed_blocks_flops(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *_: Any, **__: Any) -> int:
+    """Of the kept blocks; of the dense product where the weight is unpacked for many tokens."""
+    dense = (row_offsets.shape[0] - 1) * values.shape[1] * x.shape[1]
+    return 2 * x.shape[0] * (values.numel() if x.shape[0] <= MAX_TOKENS else dense)
