@@ -14,7 +14,7 @@ constexpr int AHEAD = 4;                       // rows fetched ahead
 // Columns of a block of a table with `rows` rows: whole strips.
 INLINE int64_t columns_resident(int64_t rows, int64_t d, int64_t size) {
   int64_t strips = max_of(1, RESIDENT / max_of(1, rows * size * STRIP));
-  return min_of(strips * STRIP, d);
+  return max_of(1, min_of(strips * STRIP, d));
 }
 
 template <typename T>
@@ -90,7 +90,7 @@ void gather_dot(const T *x, const int32_t *indices, const T *table, const T *bia
   float *sums = (float *)partial.at;
 #pragma omp parallel num_threads(threads)
   {
-    for (int64_t start = 0; start < d; start += block) {
+    for (int64_t start = 0; start == 0 || start < d; start += block) {
       int64_t stop = min_of(start + block, d);
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < n; t++) {
@@ -129,25 +129,38 @@ void gather_dot(const T *x, const int32_t *indices, const T *table, const T *bia
   }
 }
 
+// The entries of all codes by atom, the tokens of an atom in their order whatever the number of threads.
+template <typename T>
+struct ByAtom {
+  Scratch first_, tokens_, weights_, places_;
+  int64_t *first;   // entries of atom a: first[a] to first[a + 1]
+  int32_t *token;   // and AHEAD more, which are valid
+  float *weight;
+  int32_t *place;   // entry in the order of the codes
+
+  ByAtom(const T *values, const int32_t *indices, int64_t n, int64_t k, int64_t size)
+      : first_((size + 2) * sizeof(int64_t)), tokens_((n * k + AHEAD) * sizeof(int32_t)),
+        weights_(n * k * sizeof(float)), places_(n * k * sizeof(int32_t)), first((int64_t *)first_.at),
+        token((int32_t *)tokens_.at), weight((float *)weights_.at), place((int32_t *)places_.at) {
+    memset(first, 0, (size + 2) * sizeof(int64_t));
+    for (int64_t e = 0; e < n * k; e++) first[indices[e] + 2]++;
+    for (int64_t a = 1; a <= size; a++) first[a + 1] += first[a];
+    for (int64_t t = 0, e = 0; t < n; t++)
+      for (int64_t j = 0; j < k; j++, e++) {
+        int64_t to = first[indices[e] + 1]++;
+        token[to] = (int32_t)t;
+        weight[to] = to_float(values[e]);
+        place[to] = (int32_t)e;
+      }
+    for (int j = 0; j < AHEAD; j++) token[n * k + j] = 0;
+  }
+};
+
 template <typename T>
 void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, int64_t n, int64_t k, int64_t size,
                    int64_t d, int64_t threads) {
   advise_huge(out, size * d * sizeof(T));
-  // Counting sort by atom keeps the tokens of an atom in their order, whatever the number of threads.
-  Scratch at((size + 2) * sizeof(int64_t)), tokens((n * k + AHEAD) * sizeof(int32_t)), weights(n * k * sizeof(float));
-  int64_t *first = (int64_t *)at.at;
-  int32_t *token = (int32_t *)tokens.at;
-  float *weight = (float *)weights.at;
-  memset(first, 0, (size + 2) * sizeof(int64_t));
-  for (int64_t e = 0; e < n * k; e++) first[indices[e] + 2]++;
-  for (int64_t a = 1; a <= size; a++) first[a + 1] += first[a];
-  for (int64_t t = 0, e = 0; t < n; t++)
-    for (int64_t j = 0; j < k; j++, e++) {
-      int64_t place = first[indices[e] + 1]++;
-      token[place] = (int32_t)t;
-      weight[place] = to_float(values[e]);
-    }
-  for (int j = 0; j < AHEAD; j++) token[n * k + j] = 0;
+  ByAtom<T> by(values, indices, n, k, size);
   int64_t block = columns_resident(n, d, sizeof(T));
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < d; start += block) {
@@ -155,8 +168,79 @@ void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, 
 #pragma omp for schedule(dynamic, 64) nowait
     for (int64_t a = 0; a < size; a++)
       for (int64_t c = start; c < stop; c += STRIP)
-        sum_strip(out + a * d + c, weight + first[a], token + first[a], first[a + 1] - first[a], x + c, d,
-                  min_of(STRIP, stop - c));
+        sum_strip(out + a * d + c, by.weight + by.first[a], by.token + by.first[a], by.first[a + 1] - by.first[a],
+                  x + c, d, min_of(STRIP, stop - c));
+  }
+}
+
+// Both gradients of gather_sum, atom by atom: a row of `grad` that is read for the atom's gradient is also multiplied
+// with the atom, which gives the gradient of the value. `dots` gathers the products of an entry lane by lane.
+constexpr int HALF = 8;  // vectors of an atom held in registers, beside as many sums
+
+template <typename T>
+INLINE void backward_strip(T *out, const T *atom, const float *weights, const int32_t *tokens, int64_t count,
+                           const T *grad, int64_t d, int64_t columns, f32x16 *dots) {
+  if (columns == HALF * LANES) {
+    f32x16 sums[HALF] = {}, held[HALF];
+#pragma GCC unroll 8
+    for (int i = 0; i < HALF; i++) held[i] = load(atom + i * LANES);
+    for (int64_t j = 0; j < count; j++) {
+      const T *row = grad + tokens[j] * d;
+      float weight = weights[j];
+      f32x16 a = dots[j], b = {}, w = set1(weight);
+      fetch(row + HALF * LANES, HALF * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < HALF; i += 2) {
+        f32x16 x = load(row + i * LANES), y = load(row + (i + 1) * LANES);
+        a += held[i] * x;
+        b += held[i + 1] * y;
+        if (weight != 0) {
+          sums[i] += w * x;
+          sums[i + 1] += w * y;
+        }
+      }
+      dots[j] = a + b;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < HALF; i++) store(out + i * LANES, sums[i]);
+    return;
+  }
+  for (int64_t c = 0; c < columns; c += LANES) {
+    int64_t n = min_of(LANES, columns - c);
+    f32x16 sum = {}, held = load_n(atom + c, n);
+    for (int64_t j = 0; j < count; j++) {
+      f32x16 x = load_n(grad + tokens[j] * d + c, n);
+      dots[j] += held * x;
+      if (weights[j] != 0) sum += set1(weights[j]) * x;
+    }
+    store_n(out + c, sum, n);
+  }
+}
+
+template <typename T>
+void gather_sum_backward(const T *values, const int32_t *indices, const T *table, const T *grad, T *d_values,
+                         T *d_table, int64_t n, int64_t k, int64_t size, int64_t d, int64_t threads) {
+  advise_huge(d_table, size * d * sizeof(T));
+  ByAtom<T> by(values, indices, n, k, size);
+  int64_t most = 0;
+  for (int64_t a = 0; a < size; a++) most = max_of(most, by.first[a + 1] - by.first[a]);
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch products(most * sizeof(f32x16));
+    f32x16 *dots = (f32x16 *)products.at;
+#pragma omp for schedule(dynamic, 64) nowait
+    for (int64_t a = 0; a < size; a++) {
+      int64_t from = by.first[a], count = by.first[a + 1] - from;
+      memset(dots, 0, count * sizeof(f32x16));
+      for (int64_t j = 0; j < AHEAD; j++)  // of the next atom
+        if (from + count < n * k) fetch(grad + by.token[from + count + j] * d, HALF * LANES);
+      for (int64_t c = 0; c < d; c += HALF * LANES) {
+        int64_t columns = min_of(HALF * LANES, d - c);
+        backward_strip(d_table + a * d + c, table + a * d + c, by.weight + from, by.token + from, count, grad + c, d,
+                       columns, dots);
+      }
+      for (int64_t j = 0; j < count; j++) from_float(d_values + by.place[from + j], hsum(dots[j]));
+    }
   }
 }
 
@@ -196,5 +280,17 @@ PAUCITY_KERNEL(scatter_outer)
     scatter_outer((const bf16 *)values, indices, (const bf16 *)x, (bf16 *)out, n, k, size, d, threads);
   else
     scatter_outer((const float *)values, indices, (const float *)x, (float *)out, n, k, size, d, threads);
+  return 0;
+}
+
+PAUCITY_KERNEL(gather_sum_backward)
+(const void *values, const int32_t *indices, const void *table, const void *grad, void *d_values, void *d_table,
+ int64_t n, int64_t k, int64_t size, int64_t d, int64_t dtype, int64_t threads) {
+  if (dtype == BF16)
+    gather_sum_backward((const bf16 *)values, indices, (const bf16 *)table, (const bf16 *)grad, (bf16 *)d_values,
+                        (bf16 *)d_table, n, k, size, d, threads);
+  else
+    gather_sum_backward((const float *)values, indices, (const float *)table, (const float *)grad, (float *)d_values,
+                        (float *)d_table, n, k, size, d, threads);
   return 0;
 }

@@ -1,4 +1,4 @@
-"""The operators ``paucity::gather_sum``, ``paucity::gather_dot`` and ``paucity::scatter_outer``.
+"""The operators ``paucity::gather_sum`` (and its backward), ``paucity::gather_dot`` and ``paucity::scatter_outer``.
 
 Each is linear in each of its float inputs and its gradients are the two others, so all can be differentiated any number
 of times.
@@ -56,6 +56,14 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, size: int) -> Tens
     return out
 
 
+@torch.library.custom_op("paucity::gather_sum_backward", mutates_args=())
+def gather_sum_backward(values: Tensor, indices: Tensor, table: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients in one pass over the rows of ``grad``; see `reference.gather_sum_backward`."""
+    _check_indices("decode_codes", indices, table.shape[0])
+    d_values, d_table = _twin(values).gather_sum_backward(values, indices, table, grad)
+    return d_values, d_table
+
+
 @gather_sum.register_fake
 def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return values.new_empty(values.shape[0], table.shape[1])
@@ -71,6 +79,11 @@ def _(values: Tensor, indices: Tensor, x: Tensor, size: int) -> Tensor:
     return x.new_empty(size, x.shape[1])
 
 
+@gather_sum_backward.register_fake
+def _(values: Tensor, indices: Tensor, table: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), table.new_empty(table.shape)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
@@ -78,9 +91,24 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gather_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, table = ctx.saved_tensors
     grad = grad.contiguous()
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[2]:
+        d_values, d_table = gather_sum_backward(values, indices, table, grad)
+        return d_values, None, d_table
     d_values = gather_dot(grad, indices, table, None) if ctx.needs_input_grad[0] else None
     d_table = scatter_outer(values, indices, grad, table.shape[0]) if ctx.needs_input_grad[2] else None
     return d_values, None, d_table
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gather_sum_double_backward(ctx: Any, to_values: Tensor, to_table: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, table, grad = ctx.saved_tensors
+    to_values, to_table = to_values.contiguous(), to_table.contiguous()
+    d_grad = gather_sum(to_values, indices, table) + gather_sum(values, indices, to_table)
+    d_table = scatter_outer(to_values, indices, grad, table.shape[0])
+    return gather_dot(grad, indices, to_table, None), None, d_table, d_grad
 
 
 def _gather_dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,6 +130,7 @@ def _scatter_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 gather_sum.register_autograd(_gather_sum_backward, setup_context=_keep)
+gather_sum_backward.register_autograd(_gather_sum_double_backward, setup_context=_keep_all)
 gather_dot.register_autograd(_gather_dot_backward, setup_context=_keep)
 scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_keep)
 
@@ -109,6 +138,11 @@ scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_keep)
 @register_flop_formula(torch.ops.paucity.gather_sum, get_raw=True)  # type: ignore[untyped-decorator]
 def _gather_sum_flops(values: Tensor, indices: Tensor, table: Tensor, *_: Any, **__: Any) -> int:
     return 2 * values.numel() * table.shape[1]
+
+
+@register_flop_formula(torch.ops.paucity.gather_sum_backward, get_raw=True)  # type: ignore[untyped-decorator]
+def _gather_sum_backward_flops(values: Tensor, indices: Tensor, table: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * values.numel() * table.shape[1]
 
 
 @register_flop_formula(torch.ops.paucity.gather_dot, get_raw=True)  # type: ignore[untyped-decorator]

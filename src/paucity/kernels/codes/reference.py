@@ -33,3 +33,8 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, size: int) -> Tens
     for value, index in zip(values.to(wide).unsqueeze(-1).unbind(1), indices.unbind(1), strict=True):
         out.index_add_(0, index, torch.where(value == 0, 0, value * x))
     return out.to(x.dtype)
+
+
+def gather_sum_backward(values: Tensor, indices: Tensor, table: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `gather_sum` to values and table at once, given that of its result: ``[n, k], [size, d]``."""
+    return gather_dot(grad, indices, table, None), scatter_outer(values, indices, grad, table.shape[0])
