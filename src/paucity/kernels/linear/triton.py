@@ -39,7 +39,7 @@ def sparse_input(
     max_kept: int,
 ) -> tuple[Tensor | None, Tensor]:
     """As `reference.sparse_input`; a threshold is applied by the product itself."""
-    norm = None if norm is None else norm.contiguous()
+    norm = None if norm is None else norm.detach().float().contiguous()
     if threshold is None:
         mask = kept_mask(x, norm, k or 0)
         return masked_input(x, weight, mask, bias, max_kept), mask

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_checks import check_bits, check_blocks
 from .triton_tiles import finish, load_x, multiplies_wide, multiply, token_tile
 
 _ROWS, _COLUMNS = 16, 128  # of a tile of the weight; a matrix product takes 16 rows at least
@@ -12,6 +13,7 @@ _ROWS, _COLUMNS = 16, 128  # of a tile of the weight; a matrix product takes 16 
 
 def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """As `reference.packed_bits`."""
+    check_bits(values, bits, row_offsets, x.shape[1])
     (tokens, columns), rows = x.shape, bits.shape[0]
     out = x.new_empty(tokens, rows)
     if out.numel():
@@ -19,7 +21,7 @@ def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | N
             x,
             values.contiguous(),
             bits.contiguous(),
-            row_offsets,
+            _contiguous(row_offsets),
             _contiguous(bias),
             out,
             tokens,
@@ -38,12 +40,13 @@ def unpack_bit_rows(
     values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: int, start: int, stop: int
 ) -> Tensor:
     """As `reference.unpack_bit_rows`."""
+    check_bits(values, bits, row_offsets, cols)
     out = values.new_empty(stop - start, cols)
     if out.numel():
         _unpack_bits[(triton.cdiv(stop - start, _ROWS),)](
             values.contiguous(),
             bits.contiguous(),
-            row_offsets,
+            _contiguous(row_offsets),
             out,
             start,
             stop,
@@ -57,6 +60,7 @@ def unpack_bit_rows(
 
 def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """As `reference.packed_blocks`."""
+    check_blocks(values, columns, row_offsets, x.shape[1])
     block_rows, (_, height, width) = len(row_offsets) - 1, values.shape
     out = x.new_empty(x.shape[0], block_rows * height)
     if out.numel():
@@ -83,6 +87,7 @@ def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tenso
 
 def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
     """As `reference.unpack_block_rows`."""
+    check_blocks(values, columns, row_offsets, cols)
     _, height, width = values.shape
     out = values.new_zeros((stop - start) * height, cols)
     if out.numel():
@@ -102,8 +107,8 @@ def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols
     return out
 
 
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 @triton.jit
