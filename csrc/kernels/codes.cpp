@@ -154,6 +154,21 @@ struct ByAtom {
       }
     for (int j = 0; j < AHEAD; j++) token[n * k + j] = 0;
   }
+
+  // First atom of one of `parts` consecutive ranges with about as many entries and atoms each. Ranges, not turns:
+  // two threads that touch one fresh huge page would both clear it.
+  int64_t part(int64_t part, int64_t parts, int64_t size) const {
+    int64_t low = 0, high = size, wanted = (first[size] + size) / parts * part;
+    if (part == parts) return size;
+    while (low < high) {
+      int64_t middle = (low + high) / 2;
+      if (first[middle] + middle < wanted)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
 };
 
 template <typename T>
@@ -162,15 +177,15 @@ void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, 
   advise_huge(out, size * d * sizeof(T));
   ByAtom<T> by(values, indices, n, k, size);
   int64_t block = columns_resident(n, d, sizeof(T));
-#pragma omp parallel num_threads(threads)
-  for (int64_t start = 0; start < d; start += block) {
-    int64_t stop = min_of(start + block, d);
-#pragma omp for schedule(dynamic, 64) nowait
-    for (int64_t a = 0; a < size; a++)
-      for (int64_t c = start; c < stop; c += STRIP)
-        sum_strip(out + a * d + c, by.weight + by.first[a], by.token + by.first[a], by.first[a + 1] - by.first[a],
-                  x + c, d, min_of(STRIP, stop - c));
-  }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t part = 0; part < threads; part++)
+    for (int64_t start = 0; start < d; start += block) {
+      int64_t stop = min_of(start + block, d), end = by.part(part + 1, threads, size);
+      for (int64_t a = by.part(part, threads, size); a < end; a++)
+        for (int64_t c = start; c < stop; c += STRIP)
+          sum_strip(out + a * d + c, by.weight + by.first[a], by.token + by.first[a], by.first[a + 1] - by.first[a],
+                    x + c, d, min_of(STRIP, stop - c));
+    }
 }
 
 // Both gradients of gather_sum, atom by atom: a row of `grad` that is read for the atom's gradient is also multiplied
@@ -224,12 +239,12 @@ void gather_sum_backward(const T *values, const int32_t *indices, const T *table
   ByAtom<T> by(values, indices, n, k, size);
   int64_t most = 0;
   for (int64_t a = 0; a < size; a++) most = max_of(most, by.first[a + 1] - by.first[a]);
-#pragma omp parallel num_threads(threads)
-  {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t part = 0; part < threads; part++) {
     Scratch products(most * sizeof(f32x16));
     f32x16 *dots = (f32x16 *)products.at;
-#pragma omp for schedule(dynamic, 64) nowait
-    for (int64_t a = 0; a < size; a++) {
+    int64_t end = by.part(part + 1, threads, size);
+    for (int64_t a = by.part(part, threads, size); a < end; a++) {
       int64_t from = by.first[a], count = by.first[a + 1] - from;
       memset(dots, 0, count * sizeof(f32x16));
       for (int64_t j = 0; j < AHEAD; j++)  // of the next atom
