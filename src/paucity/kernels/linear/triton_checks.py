@@ -1,7 +1,8 @@
 """That the parts of a packed weight fit together: looked at once a weight, since a look waits for the GPU."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -9,7 +10,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...checks import fail
 from ...ops.formats.packed import unpack_bits
 
-_sound = WeakTensorKeyDictionary()  # the first tensor of a weight → what `_state` said when it was found sound
+_sound: MutableMapping[Tensor, Any] = (
+    WeakTensorKeyDictionary()
+)  # the first tensor of a weight → what `_state` said when it was found sound
 
 
 def check_bits(values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: int) -> None:
@@ -43,7 +46,7 @@ def _is_sound(fits: Callable[[], bool], sizes: tuple[int, ...], first: Tensor, s
     both = (first,) if second is None else (first, second)
     if any(tensor.is_inference() for tensor in both):  # it does not tell whether it was written to
         return fits()
-    known = _sound[first] if first in _sound else None
+    known = _sound.get(first)
     state = (sizes, *(tensor._version for tensor in both))
     if known is not None and known[0] == state and known[1]() is second:
         return True
