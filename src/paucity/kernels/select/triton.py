@@ -1,27 +1,83 @@
 """Triton twins: a program walks a row in chunks, as often as the choice needs, and writes what stays in order."""
 # mypy: disable-error-code="import-untyped, untyped-decorator"
 
+import math
+import statistics
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 4096
+_CHUNK = 4096  # entries of a row that a program holds at a time
+
+
+def topk(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
+    """As `reference.topk`."""
+    rows, size = x.shape
+    x, indices = x.contiguous(), x.new_empty(rows, k, dtype=torch.int32)
+    if not indices.numel():
+        return x.new_empty(rows, k), indices
+    keys = torch.empty_like(indices)
+    _topk[(rows,)](x, None, indices, keys, None, size, k, ABS=by_abs, CHUNK=_chunk(size), num_warps=_warps(size))
+    order = keys.sort(dim=-1, descending=True, stable=True).indices
+    indices = indices.gather(-1, order)
+    return x.gather(-1, indices.long()), indices
+
+
+def kept_mask(x: Tensor, norm: Tensor | None, k: int) -> Tensor:
+    """Mask (bool, the shape of ``x`` ``[rows, size]``) of the ``k`` highest ``|x| * norm`` of a row."""
+    rows, size = x.shape
+    x, mask = x.contiguous(), torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    if not mask.numel() or not k:
+        return mask.fill_(False)
+    _topk[(rows,)](x, norm, None, None, mask, size, k, ABS=True, CHUNK=_chunk(size), num_warps=_warps(size))
+    return mask
+
+
+def threshold_select(x: Tensor, threshold: Tensor, capacity: int, by_abs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.threshold_select`."""
+    return _select(x, threshold.contiguous(), 0.0, capacity, by_abs)
+
+
+def statistical_topk(x: Tensor, k: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.statistical_topk`; mean and deviation are summed in another order than there."""
+    sparsity = 1 - k / max(1, x.shape[1])
+    if not sparsity:
+        all_finite = torch.full((len(x),), -math.inf, device=x.device)
+        return _select(x, all_finite, 0.0, capacity, False)
+    return _select(x, None, statistics.NormalDist().inv_cdf(sparsity), capacity, False)
+
+
+def _select(
+    x: Tensor, threshold: Tensor | None, deviations: float, capacity: int, by_abs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, size = x.shape
+    values, indices = x.new_empty(rows, capacity), x.new_empty(rows, capacity, dtype=torch.int32)
+    counts = x.new_empty(rows, dtype=torch.int32)
+    if rows:
+        _above[(rows,)](
+            x.contiguous(),
+            threshold,
+            deviations,
+            values,
+            indices,
+            counts,
+            size,
+            capacity,
+            ABS=by_abs,
+            CHUNK=_chunk(size),
+            num_warps=_warps(size),
+        )
+    return values, indices, counts
 
 
 def _chunk(size: int) -> int:
     return min(_CHUNK, int(triton.next_power_of_2(max(size, 1))))
 
 
-def kept_mask(score: Tensor, norm: Tensor | None, k: int) -> Tensor:
-    """Mask (bool, the shape of ``score`` ``[rows, size]``) of the ``k`` highest ``|score| * norm`` of a row."""
-    score = score.contiguous()
-    rows, size = score.shape
-    if not score.numel() or not k:
-        return torch.zeros_like(score, dtype=torch.bool)
-    mask = torch.empty_like(score, dtype=torch.bool)
-    _topk[(rows,)](score, norm, None, mask, size, k, size, ABS=True, CHUNK=_chunk(size))
-    return mask
+def _warps(size: int) -> int:
+    return 8 if size > 1024 else 4
 
 
 @triton.jit
@@ -48,15 +104,15 @@ def _topk(
     score: tl.tensor,
     norm: tl.tensor,
     indices: tl.tensor,
+    keys: tl.tensor,
     mask: tl.tensor,
     size: tl.tensor,
     k: tl.tensor,
-    score_stride: tl.tensor,
     ABS: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    score += row * score_stride
+    score += row * size
     # The k-th highest key, eight bits at a time: counts of the digits of all keys that share the digits found so far.
     lowest = tl.full((), 0, tl.int64)
     room = k
@@ -83,6 +139,7 @@ def _topk(
         if indices is not None:
             rank = found + tl.cumsum(kept.to(tl.int32), 0) - 1
             tl.store(indices + row * k + rank, at, mask=kept)
+            tl.store(keys + row * k + rank, (key - 2147483648).to(tl.int32), mask=kept)
         if mask is not None:
             tl.store(mask + row * size + at, kept, mask=at < size)
         found += tl.sum(kept.to(tl.int32), 0)
@@ -90,46 +147,7 @@ def _topk(
 
 
 @triton.jit
-def _compact(
-    score: tl.tensor,
-    thresholds: tl.tensor,
-    indices: tl.tensor,
-    counts: tl.tensor,
-    size: tl.tensor,
-    width: tl.tensor,
-    score_stride: tl.tensor,
-    threshold_stride: tl.tensor,
-    fill: tl.tensor,
-    ABS: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    score += row * score_stride
-    threshold = tl.load(thresholds + row * threshold_stride).to(tl.float32)
-    found = 0
-    for first in range(0, size, CHUNK):
-        at = first + tl.arange(0, CHUNK)
-        kept = (at < size) & (_load_score(score, None, at, size, ABS) > threshold)
-        rank = found + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(indices + row * width + rank, at, mask=kept & (rank < width))
-        found += tl.sum(kept.to(tl.int32), 0)
-    for first in range(0, width, CHUNK):
-        at = first + tl.arange(0, CHUNK)
-        tl.store(indices + row * width + at, fill, mask=(at >= found) & (at < width))
-    tl.store(counts + row, found)
-
-
-@triton.jit
-def _statistics(
-    score: tl.tensor,
-    thresholds: tl.tensor,
-    size: tl.tensor,
-    score_stride: tl.tensor,
-    deviations: tl.tensor,
-    CHUNK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    score += row * score_stride
+def _statistical_threshold(score: tl.tensor, size: tl.tensor, deviations: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
     total = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, size, CHUNK):
         at = first + tl.arange(0, CHUNK)
@@ -140,5 +158,50 @@ def _statistics(
         at = first + tl.arange(0, CHUNK)
         off = tl.load(score + at, mask=at < size, other=0.0).to(tl.float32) - mean
         squares += tl.where(at < size, off * off, 0.0)
-    std = tl.sqrt_rn(tl.sum(squares, 0) / size)
-    tl.store(thresholds + row, mean + std * deviations)
+    threshold = mean + tl.sqrt(tl.sum(squares, 0) / size) * deviations
+    if score.dtype.element_ty == tl.bfloat16:
+        # To the nearest, also in the interpreter, whose conversion cuts off.
+        bits = threshold.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        threshold = tl.where(threshold == threshold, nearest, threshold)
+    return threshold.to(score.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _above(
+    score: tl.tensor,
+    thresholds: tl.tensor,
+    deviations: tl.tensor,
+    values: tl.tensor,
+    indices: tl.tensor,
+    counts: tl.tensor,
+    size: tl.tensor,
+    capacity: tl.tensor,
+    ABS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    score += row * size
+    if thresholds is None:
+        threshold = _statistical_threshold(score, size, deviations, CHUNK)
+    else:
+        threshold = tl.load(thresholds + row)
+    values += row * capacity
+    indices += row * capacity
+    found = tl.full((), 0, tl.int32)
+    for first in range(0, size, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        value = tl.load(score + at, mask=at < size, other=0.0)
+        compared = tl.abs(value.to(tl.float32)) if ABS else value.to(tl.float32)
+        kept = (at < size) & (compared > threshold)
+        rank = found + tl.cumsum(kept.to(tl.int32), 0) - 1
+        fits = kept & (rank < capacity)
+        tl.store(values + rank, value, mask=fits)
+        tl.store(indices + rank, at, mask=fits)
+        found += tl.sum(kept.to(tl.int32), 0)
+    for first in range(0, capacity, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        unused = (slot >= found) & (slot < capacity)
+        tl.store(values + slot, 0.0, mask=unused)
+        tl.store(indices + slot, -1, mask=unused)
+    tl.store(counts + row, found)
