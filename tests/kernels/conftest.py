@@ -1,13 +1,9 @@
 """The twins of a kernel, one after the other: the reference, native code for each instruction set, and Triton."""
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is defined
 
 from paucity.kernels import dispatch, native
 
