@@ -2,8 +2,6 @@
 // read in blocks of columns that stay in the last cache, since each of them is named by many codes.
 #include "../simd.h"
 
-#include <sys/mman.h>
-
 namespace {
 
 constexpr int WIDE = 16;                       // vectors of a strip: its sums stay in registers
@@ -20,15 +18,6 @@ INLINE int64_t columns_resident(int64_t rows, int64_t d, int64_t size) {
 template <typename T>
 INLINE void fetch(const T *row, int64_t columns) {
   for (int64_t c = 0; c < columns; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c);
-}
-
-// A fresh large result costs a fault per page: huge pages make that one in 512.
-void advise_huge(void *at, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 1 << 21;
-  uintptr_t from = ((uintptr_t)at + page - 1) / page * page, to = ((uintptr_t)at + bytes) / page * page;
-  if (to > from + 4 * page) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#endif
 }
 
 // out[columns] = sum of weights[j] * table[rows[j]][columns], over at most one strip; a weight of 0 is skipped.

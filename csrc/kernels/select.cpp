@@ -107,16 +107,17 @@ int64_t candidates(const T *x, int64_t n, bool by_abs, uint32_t least, uint32_t 
 // A guess of a key that slightly more than k entries of the row reach, from a sample at even distances.
 template <typename T>
 uint32_t guess(const T *x, int64_t n, int64_t k, bool by_abs, uint32_t *keys) {
-  if (n <= 2 * SAMPLE || k > n / 2) return 0;
+  const int64_t sample = min_of(SAMPLE, n / (4 * LANES) * LANES);
+  if (sample < 64 || k > n / 2) return 0;
   float picked[LANES];
-  for (int64_t i = 0; i < SAMPLE; i += LANES) {
-    for (int64_t j = 0; j < LANES; j++) picked[j] = to_float(x[(i + j) * n / SAMPLE]);
+  for (int64_t i = 0; i < sample; i += LANES) {
+    for (int64_t j = 0; j < LANES; j++) picked[j] = to_float(x[(i + j) * n / sample]);
     u32x16 key = rank(load(picked), by_abs);
     memcpy(keys + i, &key, sizeof key);
   }
-  double expected = (double)k * SAMPLE / n;
+  double expected = (double)k * sample / n;
   int64_t wanted = (int64_t)(expected + 3 * __builtin_sqrt(expected) + 3);
-  return wanted >= SAMPLE ? 0 : highest_reached_by(keys, SAMPLE, wanted, 20);
+  return wanted >= sample ? 0 : highest_reached_by(keys, sample, wanted, 20);
 }
 
 template <typename T>
@@ -220,6 +221,8 @@ INLINE int64_t take(T *values, int32_t *indices, int64_t count, int64_t capacity
 template <typename T>
 void threshold_select(const T *x, const float *thresholds, T *values, int32_t *indices, int32_t *counts,
                       float deviations, int64_t rows, int64_t n, int64_t capacity, bool by_abs, int64_t threads) {
+  advise_huge(values, rows * capacity * sizeof(T));
+  advise_huge(indices, rows * capacity * sizeof(int32_t));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *at = x + row * n;
@@ -229,8 +232,10 @@ void threshold_select(const T *x, const float *thresholds, T *values, int32_t *i
     i32x16 place;
     for (int i = 0; i < LANES; i++) place[i] = i;
     int64_t count = 0, c = 0;
-    for (; c + LANES <= n; c += LANES, place += LANES)
+    for (; c + LANES <= n; c += LANES, place += LANES) {
+      __builtin_prefetch(at + n + c);  // this row is in cache; the next one is on its way meanwhile
       count = take(to, places, count, capacity, load(at + c), place, threshold, by_abs, LANES);
+    }
     if (c < n) count = take(to, places, count, capacity, load_n(at + c, n - c), place, threshold, by_abs, n - c);
     counts[row] = (int32_t)count;
     for (int64_t i = count; i < capacity; i++) {

@@ -33,7 +33,7 @@ def decode_codes(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
     _check("decode_codes", values, indices, "dictionary", dictionary)
     check_shape("decode_codes", "indices", indices, *values.shape)
     k = values.shape[-1]
-    out = op.gather_sum(_rows(values, k), _rows(indices, k), dictionary)
+    out: Tensor = op.gather_sum(_rows(values, k), _rows(indices, k), dictionary)
     return out.view(*values.shape[:-1], dictionary.shape[1])
 
 
@@ -66,7 +66,7 @@ def encode_kept(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor)
     if indices.ndim == 0:
         raise fail("encode_kept", "indices", "have at least 1 dimension", "shape []")
     check_shape("encode_kept", "indices", indices, *x.shape[:-1], None)
-    out = op.gather_dot(_rows(x, x.shape[-1]), _rows(indices, indices.shape[-1]), weight, bias)
+    out: Tensor = op.gather_dot(_rows(x, x.shape[-1]), _rows(indices, indices.shape[-1]), weight, bias)
     return out.view(indices.shape)
 
 

@@ -45,7 +45,5 @@ def gather_sum_backward(values: Tensor, indices: Tensor, table: Tensor, grad: Te
     (n, k), (size, d) = values.shape, table.shape
     d_values, d_table = values.new_empty(n, k), table.new_empty(size, d)
     at, slots, rows = indices.to(torch.int32).contiguous(), values.contiguous(), grad.contiguous()
-    _gather_sum_backward(
-        slots, at, table.contiguous(), rows, d_values, d_table, n, k, size, d, DTYPES[values.dtype]
-    )
+    _gather_sum_backward(slots, at, table.contiguous(), rows, d_values, d_table, n, k, size, d, DTYPES[values.dtype])
     return d_values, d_table

@@ -18,7 +18,10 @@ def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 
 def gather_dot(x: Tensor, indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-    """``out[t, j] = x[t] . table[indices[t, j]] + bias[indices[t, j]]``: ``[n, d], [n, k], [size, d], [size] -> [n, k]``."""
+    """``out[t, j] = x[t] . table[indices[t, j]] + bias[indices[t, j]]``.
+
+    ``[n, d], [n, k], [size, d], [size] -> [n, k]``.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(indices.shape, dtype=wide, device=x.device)
     for slot, index in enumerate(indices.unbind(1)):

@@ -38,7 +38,5 @@ def _select(
     values, indices = x.new_empty(rows, capacity), x.new_empty(rows, capacity, dtype=torch.int32)
     counts = x.new_empty(rows, dtype=torch.int32)
     data = x.contiguous()
-    _threshold_select(
-        data, threshold, values, indices, counts, deviations, *x.shape, capacity, by_abs, DTYPES[x.dtype]
-    )
+    _threshold_select(data, threshold, values, indices, counts, deviations, *x.shape, capacity, by_abs, DTYPES[x.dtype])
     return values, indices, counts

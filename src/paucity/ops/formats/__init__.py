@@ -3,6 +3,7 @@
 from .block import BlockMask
 from .block_rows import PackedBlocks
 from .codes import Codes
+from .csr import PackedCSR
 from .masks import Masks, SparsityReport
 from .packed import PackedBitmask, PackedNM, pack_bits, unpack_bits
 
@@ -12,6 +13,7 @@ __all__ = [
     "Masks",
     "PackedBitmask",
     "PackedBlocks",
+    "PackedCSR",
     "PackedNM",
     "SparsityReport",
     "pack_bits",
