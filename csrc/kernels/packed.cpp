@@ -77,8 +77,8 @@ struct Rows {
   const int32_t *narrow;
   const int64_t *wide;
   int64_t per_row;
-  INLINE int64_t start(const Rows &rows, int64_t r) {
-    return rows.narrow ? rows.narrow[r] : rows.wide ? rows.wide[r] : r * rows.per_row;
+  __attribute__((always_inline)) int64_t start(int64_t r) const {
+    return narrow ? narrow[r] : wide ? wide[r] : r * per_row;
   }
 };
 
@@ -112,53 +112,44 @@ INLINE uint32_t last_mask(const uint8_t *bits, int64_t n) {
   return mask & ((1u << n) - 1);
 }
 
-// sums[r][t] of N rows for T tokens. A row whose reads cannot leave the values whatever its bits is `inside`.
-// Returns whether each row has as many bits as values.
-template <int N, int T, bool INSIDE, typename E>
-INLINE bool bit_rows(const E *values, int64_t total, const uint8_t *bits, int64_t bit_pitch, const Rows &starts,
-                     int64_t row, const typename Unit<E>::X *x, int64_t pitch, int64_t cols, f32x16 (*sums)[T]) {
-  constexpr int WIDTH = Unit<E>::WIDTH;
-  int64_t at[N];
-  for (int r = 0; r < N; r++) {
-    at[r] = Rows::start(starts, row + r);
-    for (int t = 0; t < T; t++) sums[r][t] = f32x16{};
-  }
-  bits += row * bit_pitch;
-  int64_t units = cols / WIDTH, rest = cols % WIDTH;
-  for (int64_t u = 0; u < units; u++) {
-    for (int r = 0; r < N; r++) {
-      uint32_t mask = mask_at<WIDTH>(bits + r * bit_pitch, u);
-      const E *p = values + at[r];
-      if (INSIDE) __builtin_prefetch((const char *)p + 1024, 0, 2);
-      auto w = INSIDE ? Unit<E>::inside(p, mask) : Unit<E>::bounded(p, mask, total - at[r]);
-      for (int t = 0; t < T; t++) sums[r][t] = Unit<E>::fma(sums[r][t], w, x + t * pitch + u * WIDTH);
-      at[r] += __builtin_popcount(mask);
+// The sums of one row for T tokens. `inside`: no bits could make it read past the end of the values. One row at a time
+// is one stream a thread, which memory serves best; several sums a token hide the latency of the additions.
+// Returns whether the row has as many bits as values.
+template <int T, bool INSIDE, typename E>
+INLINE bool bit_row(const E *values, int64_t at, int64_t end, int64_t total, const uint8_t *bits,
+                    const typename Unit<E>::X *x, int64_t pitch, int64_t cols, f32x16 *sums) {
+  constexpr int WIDTH = Unit<E>::WIDTH, CHAINS = T <= 4 ? 2 : 1;
+  constexpr int AHEAD = sizeof(E) == 4 ? 4096 : 0;  // measured; bfloat16 streams as well without
+  f32x16 parts[CHAINS][T] = {};
+  int64_t units = cols / WIDTH, rest = cols % WIDTH, u = 0;
+  for (; u + CHAINS <= units; u += CHAINS)
+    for (int chain = 0; chain < CHAINS; chain++) {
+      uint32_t mask = mask_at<WIDTH>(bits, u + chain);
+      if (INSIDE && AHEAD) __builtin_prefetch((const char *)(values + at) + AHEAD, 0, 2);
+      auto w = INSIDE ? Unit<E>::inside(values + at, mask) : Unit<E>::bounded(values + at, mask, total - at);
+      for (int t = 0; t < T; t++)
+        parts[chain][t] = Unit<E>::fma(parts[chain][t], w, x + t * pitch + (u + chain) * WIDTH);
+      at += __builtin_popcount(mask);
     }
+  for (; u * WIDTH < cols; u++) {
+    uint32_t mask = u < units ? mask_at<WIDTH>(bits, u) : last_mask(bits + u * WIDTH / 8, rest);
+    auto w = Unit<E>::bounded(values + at, mask, total - at);
+    for (int t = 0; t < T; t++) parts[0][t] = Unit<E>::fma(parts[0][t], w, x + t * pitch + u * WIDTH);
+    at += __builtin_popcount(mask);
   }
-  bool fits = true;
-  for (int r = 0; r < N; r++) {
-    if (rest) {
-      uint32_t mask = last_mask(bits + r * bit_pitch + units * WIDTH / 8, rest);
-      auto w = Unit<E>::bounded(values + at[r], mask, total - at[r]);
-      for (int t = 0; t < T; t++) sums[r][t] = Unit<E>::fma(sums[r][t], w, x + t * pitch + units * WIDTH);
-      at[r] += __builtin_popcount(mask);
-    }
-    fits &= at[r] == Rows::start(starts, row + r + 1);
+  for (int t = 0; t < T; t++) {
+    sums[t] = parts[0][t];
+    for (int chain = 1; chain < CHAINS; chain++) sums[t] += parts[chain][t];
   }
-  return fits;
+  return at == end;
 }
 
-// Whether rows [row, row + n) start within the values, in order.
-INLINE bool in_order(const Rows &starts, int64_t row, int64_t n, int64_t total) {
-  for (int64_t r = row; r < row + n; r++)
-    if (Rows::start(starts, r) < 0 || Rows::start(starts, r + 1) < Rows::start(starts, r)) return false;
-  return Rows::start(starts, row + n) <= total;
-}
+// Whether a row starts and ends within the values.
+INLINE bool in_order(int64_t start, int64_t end, int64_t total) { return 0 <= start && start <= end && end <= total; }
 
 template <int T, typename E>
 bool bits_linear(const E *x, const E *values, int64_t total, const uint8_t *bits, Rows starts, const E *bias, E *y,
                  int64_t tokens, int64_t rows, int64_t cols, int64_t threads) {
-  constexpr int N = T >= 16 ? 1 : T >= 8 ? 2 : 4;
   constexpr int WIDTH = Unit<E>::WIDTH;
   typedef typename Unit<E>::X X;
   int64_t pitch = ceil_div(cols, WIDTH) * WIDTH, bit_pitch = ceil_div(cols, 8);
@@ -169,22 +160,20 @@ bool bits_linear(const E *x, const E *values, int64_t total, const uint8_t *bits
     for (int64_t c = 0; c < cols; c++) assign(xs + t * pitch + c, x[t * cols + c]);
   bool fits = true;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : fits)
-  for (int64_t group = 0; group < ceil_div(rows, N); group++) {
-    int64_t row = group * N, n = min_of(N, rows - row);
-    if (!in_order(starts, row, n, total)) {
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t start = starts.start(row), end = starts.start(row + 1);
+    if (!in_order(start, end, total)) {
       fits = false;
       continue;
     }
-    f32x16 sums[N][T];
-    if (n == N && Rows::start(starts, row + N - 1) + cols + WIDTH <= total)
-      fits = bit_rows<N, T, true>(values, total, bits, bit_pitch, starts, row, xs, pitch, cols, sums) && fits;
-    else
-      for (int64_t r = 0; r < n; r++)
-        fits = bit_rows<1, T, false>(values, total, bits, bit_pitch, starts, row + r, xs, pitch, cols, sums + r) && fits;
-    for (int64_t r = 0; r < n; r++) {
-      float b = bias ? to_float(bias[row + r]) : 0;
-      for (int64_t t = 0; t < tokens; t++) from_float(y + t * rows + row + r, hsum(sums[r][t]) + b);
-    }
+    f32x16 sums[T];
+    const uint8_t *here = bits + row * bit_pitch;
+    bool right = start + cols + WIDTH <= total
+                     ? bit_row<T, true>(values, start, end, total, here, xs, pitch, cols, sums)
+                     : bit_row<T, false>(values, start, end, total, here, xs, pitch, cols, sums);
+    fits = fits && right;
+    float b = bias ? to_float(bias[row]) : 0;
+    for (int64_t t = 0; t < tokens; t++) from_float(y + t * rows + row, hsum(sums[t]) + b);
   }
   return fits;
 }
@@ -208,11 +197,11 @@ bool unpack_bits(const E *values, int64_t total, const uint8_t *bits, Rows start
   bool fits = true;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : fits)
   for (int64_t row = first; row < last; row++) {
-    if (!in_order(starts, row, 1, total)) {
+    int64_t at = starts.start(row), end = starts.start(row + 1);
+    if (!in_order(at, end, total)) {
       fits = false;
       continue;
     }
-    int64_t at = Rows::start(starts, row);
     bool inside = at + cols + WIDTH <= total;
     for (int64_t c = 0; c < cols; c += WIDTH) {
       int64_t n = min_of(WIDTH, cols - c);
@@ -222,17 +211,18 @@ bool unpack_bits(const E *values, int64_t total, const uint8_t *bits, Rows start
       Unit<E>::put(out + (row - first) * cols + c, w, n);
       at += __builtin_popcount(mask);
     }
-    fits = fits && at == Rows::start(starts, row + 1);
+    fits = fits && at == end;
   }
   return fits;
 }
 
-// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks.
+// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks. Where a block has few rows, blocks
+// take turns with several sets of sums, so that they do not wait for each other.
 template <int T, typename E>
 bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
                    const E *bias, E *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
                    int64_t threads) {
-  int64_t rows = block_rows * br;
+  int64_t rows = block_rows * br, sets = br < 4 ? 4 : 1;
   Scratch x_at((T * cols + LANES) * sizeof(float));
   float *xs = (float *)x_at.at;
   memset(xs, 0, T * cols * sizeof(float));
@@ -240,11 +230,11 @@ bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t 
   bool fits = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fits)
   {
-    Scratch sums_at(br * T * sizeof(f32x16));
+    Scratch sums_at(sets * br * T * sizeof(f32x16));
     f32x16 *sums = (f32x16 *)sums_at.at;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < block_rows; row++) {
-      memset((void *)sums, 0, br * T * sizeof(f32x16));
+      memset((void *)sums, 0, sets * br * T * sizeof(f32x16));
       int64_t from = offsets[row], to = offsets[row + 1];
       if (from < 0 || to < from || to > num_blocks) {
         fits = false;
@@ -257,9 +247,10 @@ bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t 
           continue;
         }
         const E *w = values + b * br * bc;
+        f32x16 *set = sums + (b - from) % sets * br * T;
         for (int64_t i = 0; i < br; i++, w += bc) {
           f32x16 here[T];
-          for (int t = 0; t < T; t++) here[t] = sums[i * T + t];
+          for (int t = 0; t < T; t++) here[t] = set[i * T + t];
           int64_t c = 0;
           for (; c + LANES <= bc; c += LANES) {
             f32x16 part = load(w + c);
@@ -269,9 +260,10 @@ bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t 
             f32x16 part = load_n(w + c, bc - c);
             for (int t = 0; t < T; t++) here[t] += part * load_n(xs + t * cols + col + c, bc - c);
           }
-          for (int t = 0; t < T; t++) sums[i * T + t] = here[t];
+          for (int t = 0; t < T; t++) set[i * T + t] = here[t];
         }
       }
+      for (int64_t i = br * T; i < sets * br * T; i++) sums[i % (br * T)] += sums[i];
       for (int64_t i = 0; i < br; i++)
         for (int64_t t = 0; t < tokens; t++) {
           float b = bias ? to_float(bias[row * br + i]) : 0;
