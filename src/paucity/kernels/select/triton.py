@@ -153,11 +153,15 @@ def _statistical_threshold(score: tl.tensor, size: tl.tensor, deviations: tl.ten
         at = first + tl.arange(0, CHUNK)
         total += tl.load(score + at, mask=at < size, other=0.0).to(tl.float32)
     mean = tl.sum(total, 0) / size
+    # A row with infinities or NaN has no deviation, as in the reference.
+    finite = tl.abs(mean) < float("inf")
+    middle = tl.where(finite, mean, 0.0)
+    used = tl.where(finite, size, 0)
     squares = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, size, CHUNK):
         at = first + tl.arange(0, CHUNK)
-        off = tl.load(score + at, mask=at < size, other=0.0).to(tl.float32) - mean
-        squares += tl.where(at < size, off * off, 0.0)
+        off = tl.load(score + at, mask=at < used, other=0.0).to(tl.float32) - middle
+        squares += tl.where(at < used, off * off, 0.0)
     threshold = mean + tl.sqrt(tl.sum(squares, 0) / size) * deviations
     if score.dtype.element_ty == tl.bfloat16:
         # To the nearest, also in the interpreter, whose conversion cuts off.
