@@ -216,13 +216,45 @@ bool unpack_bits(const E *values, int64_t total, const uint8_t *bits, Rows start
   return fits;
 }
 
-// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks. Where a block has few rows, blocks
-// take turns with several sets of sums, so that they do not wait for each other.
+// sums[t] += the products of one row of a block, n long, with T tokens.
+template <int T, typename E>
+INLINE void block_row(f32x16 *sums, const E *w, const float *x, int64_t pitch, int64_t n) {
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES) {
+    f32x16 part = load(w + c);
+    for (int t = 0; t < T; t++) sums[t] += part * load(x + t * pitch + c);
+  }
+  if (c < n) {
+    f32x16 part = load_n(w + c, n - c);
+    for (int t = 0; t < T; t++) sums[t] += part * load_n(x + t * pitch + c, n - c);
+  }
+}
+
+// A row of blocks with one row each, in registers; several sums a token hide the latency of the additions. Block columns
+// are in range.
+template <int T, typename E>
+INLINE void flat_blocks(f32x16 *sums, const E *values, const int32_t *columns, int64_t count, const float *x,
+                        int64_t pitch, int64_t bc) {
+  constexpr int CHAINS = T <= 2 ? 4 : T <= 4 ? 2 : 1;
+  f32x16 parts[CHAINS][T] = {};
+  int64_t b = 0;
+  if (bc == LANES)
+    for (; b + CHAINS <= count; b += CHAINS)
+      for (int chain = 0; chain < CHAINS; chain++)
+        block_row<T>(parts[chain], values + (b + chain) * LANES, x + columns[b + chain] * LANES, pitch, LANES);
+  for (; b < count; b++) block_row<T>(parts[0], values + b * bc, x + columns[b] * bc, pitch, bc);
+  for (int t = 0; t < T; t++) {
+    sums[t] = parts[0][t];
+    for (int chain = 1; chain < CHAINS; chain++) sums[t] += parts[chain][t];
+  }
+}
+
+// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks of several rows.
 template <int T, typename E>
 bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
                    const E *bias, E *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
                    int64_t threads) {
-  int64_t rows = block_rows * br, sets = br < 4 ? 4 : 1;
+  int64_t rows = block_rows * br, block_cols = cols / bc;
   Scratch x_at((T * cols + LANES) * sizeof(float));
   float *xs = (float *)x_at.at;
   memset(xs, 0, T * cols * sizeof(float));
@@ -230,40 +262,33 @@ bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t 
   bool fits = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fits)
   {
-    Scratch sums_at(sets * br * T * sizeof(f32x16));
+    Scratch sums_at(br * T * sizeof(f32x16));
     f32x16 *sums = (f32x16 *)sums_at.at;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < block_rows; row++) {
-      memset((void *)sums, 0, sets * br * T * sizeof(f32x16));
+      memset((void *)sums, 0, br * T * sizeof(f32x16));
       int64_t from = offsets[row], to = offsets[row + 1];
       if (from < 0 || to < from || to > num_blocks) {
         fits = false;
         continue;
       }
-      for (int64_t b = from; b < to; b++) {
-        int64_t col = (int64_t)columns[b] * bc;
-        if (col < 0 || col + bc > cols) {
-          fits = false;
-          continue;
-        }
-        const E *w = values + b * br * bc;
-        f32x16 *set = sums + (b - from) % sets * br * T;
-        for (int64_t i = 0; i < br; i++, w += bc) {
-          f32x16 here[T];
-          for (int t = 0; t < T; t++) here[t] = set[i * T + t];
-          int64_t c = 0;
-          for (; c + LANES <= bc; c += LANES) {
-            f32x16 part = load(w + c);
-            for (int t = 0; t < T; t++) here[t] += part * load(xs + t * cols + col + c);
-          }
-          if (c < bc) {
-            f32x16 part = load_n(w + c, bc - c);
-            for (int t = 0; t < T; t++) here[t] += part * load_n(xs + t * cols + col + c, bc - c);
-          }
-          for (int t = 0; t < T; t++) set[i * T + t] = here[t];
-        }
+      bool right = true;
+      for (int64_t b = from; b < to; b++) right &= (uint32_t)columns[b] < (uint64_t)block_cols;
+      if (!right) {
+        fits = false;
+        continue;
       }
-      for (int64_t i = br * T; i < sets * br * T; i++) sums[i % (br * T)] += sums[i];
+      const E *w = values + from * br * bc;
+      if (br == 1)
+        flat_blocks<T>(sums, w, columns + from, to - from, xs, cols, bc);
+      else
+        for (int64_t b = from; b < to; b++)
+          for (int64_t i = 0; i < br; i++, w += bc) {
+            f32x16 here[T];
+            for (int t = 0; t < T; t++) here[t] = sums[i * T + t];
+            block_row<T>(here, w, xs + columns[b] * bc, cols, bc);
+            for (int t = 0; t < T; t++) sums[i * T + t] = here[t];
+          }
       for (int64_t i = 0; i < br; i++)
         for (int64_t t = 0; t < tokens; t++) {
           float b = bias ? to_float(bias[row * br + i]) : 0;

@@ -22,8 +22,8 @@ MAX_TOKENS = 16
 """More tokens than this run dense: together they keep nearly every input, and memory no longer limits the product."""
 MAX_KEPT = 0.85
 """With a larger share kept, streaming the whole weight is as fast."""
-MIN_BYTES = 2**20
-"""A smaller weight lies in a cache, and the time of a call is what it takes to make it."""
+MIN_WEIGHTS = 2**20
+"""A smaller weight lies in a cache and takes no longer than a call."""
 
 
 def twin_module(kernel: str, x: Tensor) -> ModuleType:
@@ -53,7 +53,7 @@ def dense_reason(x: Tensor, weight: Tensor, fits: bool, layout: str) -> str | No
         return f"the weight is not stored {layout}"
     if x.shape[0] > MAX_TOKENS:
         return f"more than {MAX_TOKENS} tokens"
-    if not x.shape[0] or weight.numel() * weight.element_size() < MIN_BYTES:
+    if not x.shape[0] or weight.numel() < MIN_WEIGHTS:
         return "the weight is small"
     return None
 
