@@ -1,4 +1,4 @@
-"""What the tables of the groups do not reach in their Triton twins: long rows, divided inputs, compilation for a GPU."""
+"""What the tables of the groups do not reach in their Triton twins: long rows, divided inputs, a GPU's compiler."""
 
 import os
 import subprocess
@@ -9,8 +9,7 @@ import torch
 
 from paucity.checks import InputError
 from paucity.kernels import dispatch
-from paucity.ops.formats import PackedBitmask
-from paucity.ops.formats.block_rows import PackedBlocks
+from paucity.ops.formats import PackedBitmask, PackedBlocks, PackedCSR
 from paucity.ops.select import topk_indices, topk_mask
 
 if not dispatch.has_triton():
@@ -25,6 +24,7 @@ from paucity.kernels.linear import triton as linear
 from paucity.kernels.linear import triton_checks
 from paucity.kernels.select import reference as select_reference
 from paucity.kernels.select import triton as select
+from paucity.kernels.spmm import reference as spmm_reference
 from paucity.kernels.spmm import triton as spmm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,6 +144,9 @@ def test_real_sizes(dtype):
     }.items():
         expected = getattr(codes_reference, name)(*args)
         torch.testing.assert_close(getattr(codes, name)(*args), expected, **tolerance)
+    sparse, images = PackedCSR.pack(weight[:512, :256] * (weight[:512, :256] > 0.01)), randn(8, 256, 3136, dtype=dtype)
+    args = (sparse.values, sparse.columns, sparse.row_offsets, images, None)
+    torch.testing.assert_close(spmm.spmm(*args), spmm_reference.spmm(*args), **tolerance)
 
 
 def launch_all(dtype):
@@ -169,7 +172,11 @@ def launch_all(dtype):
     codes.gather_sum(x[:, :3], at, weight)
     codes.gather_dot(x, at, weight, bias)
     codes.scatter_outer(x[:, :3], at, x, 128)
-    launch_spmm(dtype)
+    sparse = PackedCSR.pack(weight * (weight > 1))
+    parts, images = (sparse.columns, sparse.row_offsets), weight.expand(2, -1, -1)
+    spmm.spmm(sparse.values, *parts, images.transpose(1, 2), bias)
+    spmm.spmm_transposed(sparse.values, *parts, images, 256)
+    spmm.sddmm(*parts, images, images.transpose(1, 2))
 
 
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
