@@ -81,9 +81,19 @@ def _warps(size: int) -> int:
 
 
 @triton.jit
+def _widen(value: tl.tensor) -> tl.tensor:
+    """In float32, subnormal numbers included, which the interpreter's own conversion spoils."""
+    if value.dtype == tl.bfloat16:
+        wide = (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def _load_score(score: tl.tensor, norm: tl.tensor, at: tl.tensor, size: tl.tensor, ABS: tl.constexpr) -> tl.tensor:
     """The scores at ``at`` in float32, NaN outside the row."""
-    value = tl.load(score + at, mask=at < size, other=float("nan")).to(tl.float32)
+    value = _widen(tl.load(score + at, mask=at < size, other=float("nan")))
     if ABS:
         value = tl.abs(value)
     if norm is not None:
@@ -94,9 +104,10 @@ def _load_score(score: tl.tensor, norm: tl.tensor, at: tl.tensor, size: tl.tenso
 @triton.jit
 def _rank_key(value: tl.tensor) -> tl.tensor:
     """Integers from 0 to 2^32 - 1 in the order of the float32 scores, with NaN below all others and -0 equal to +0."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
-    return tl.where(value == value, key, 0)
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    key = tl.where(bits < 0, -magnitude, magnitude).to(tl.int64) + 2147483648
+    return tl.where(magnitude <= 0x7F800000, key, 0)
 
 
 @triton.jit
@@ -196,7 +207,7 @@ def _above(
     for first in range(0, size, CHUNK):
         at = first + tl.arange(0, CHUNK)
         value = tl.load(score + at, mask=at < size, other=0.0)
-        compared = tl.abs(value.to(tl.float32)) if ABS else value.to(tl.float32)
+        compared = tl.abs(_widen(value)) if ABS else _widen(value)
         kept = (at < size) & (compared > threshold)
         rank = found + tl.cumsum(kept.to(tl.int32), 0) - 1
         fits = kept & (rank < capacity)
