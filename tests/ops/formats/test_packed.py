@@ -26,29 +26,32 @@ def sparse_nm(rows, groups, n, m, seed, dtype=torch.float32):
 
 
 def naive_nm(weight, n, m):
-    """Nonzeros of each group, filled up with the lowest other places; then sorted by place."""
-    values, places = [], []
+    """Nonzeros of each group, filled up with the lowest other places; the values by place, and a bit for each."""
+    values, bits = [], []
     for row in weight.tolist():
         kept = []
         for start in range(0, len(row), m):
             ranked = sorted(range(m), key=lambda place: row[start + place] == 0)[:n]
-            kept += [(row[start + place], place) for place in sorted(ranked)]
-        values.append([value for value, _ in kept])
-        nibbles = [place for _, place in kept] + [0] * (len(kept) % 2)
-        places.append([low + 16 * high for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)])
-    return torch.tensor(values).to(weight.dtype), torch.tensor(places, dtype=torch.uint8)
+            kept += [start + place for place in sorted(ranked)]
+        values.append([row[col] for col in kept])
+        bits.append([sum((first + bit in kept) << bit for bit in range(8)) for first in range(0, len(row), 8)])
+    return torch.tensor(values).to(weight.dtype), torch.tensor(bits, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(("n", "m", "groups"), [(2, 4, 3), (1, 1, 3), (1, 3, 5), (3, 5, 3), (15, 16, 1), (16, 16, 2)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nm_matches_naive(n, m, groups, dtype):
     weight = sparse_nm(3, groups, n, m, seed=n, dtype=dtype)
-    packed, (values, positions) = PackedNM.pack(weight, n, m), naive_nm(weight, n, m)
+    packed, (values, bits) = PackedNM.pack(weight, n, m), naive_nm(weight, n, m)
     assert torch.equal(packed.values, values)
-    assert torch.equal(packed.positions, positions)
+    assert torch.equal(packed.bits, bits)
     assert torch.equal(packed.unpack(), weight)
     assert packed.shape == weight.shape
-    assert packed.nbytes == values.numel() * weight.element_size() + positions.numel()
+    assert packed.nbytes == values.numel() * weight.element_size() + bits.numel()
+
+
+def test_nm_size():
+    assert PackedNM.pack(torch.zeros(4, 64, dtype=torch.bfloat16), 2, 4).compression == pytest.approx(64 / 36)
 
 
 @FEW
@@ -90,13 +93,19 @@ def test_nm_bad_input():
     with pytest.raises(InputError, match="at least 2 dimension"):
         PackedNM.pack(torch.zeros(4), 2, 4)
     tensors = PackedNM.pack(torch.zeros(1, 8), 2, 4).tensors()
-    for name, wrong in (("positions", torch.full((1, 2), 16 * 4, dtype=torch.uint8)), ("nm", torch.tensor([3, 4]))):
-        with pytest.raises(InputError, match=r"PackedNM(\.from_tensors)?: (positions|n) must"):
+    wrong_parts = (
+        ("bits", torch.full((1, 2), 0b101_0011, dtype=torch.uint8)),
+        ("bits", torch.full((1, 1), 3, dtype=torch.int8)),
+        ("nm", torch.tensor([3, 4])),
+    )
+    for name, wrong in wrong_parts:
+        with pytest.raises(InputError, match=r"PackedNM(\.from_tensors)?: (bits|n) must"):
             PackedNM.from_tensors({**tensors, name: wrong})
-    with pytest.raises(InputError, match="positions must ascend below 4 in each group"):
-        PackedNM.from_tensors({**tensors, "positions": torch.zeros(1, 2, dtype=torch.uint8)})
+    for groups in (0b0011_0001, 0b0011_0111):
+        with pytest.raises(InputError, match="bits must have 2 set in every group of 4"):
+            PackedNM.from_tensors({**tensors, "bits": torch.tensor([[groups]], dtype=torch.uint8)})
     with pytest.raises(InputError, match="got none named nm"):
-        PackedNM.from_tensors({"values": tensors["values"], "positions": tensors["positions"]})
+        PackedNM.from_tensors({"values": tensors["values"], "bits": tensors["bits"]})
 
 
 @FEW

@@ -9,9 +9,7 @@ from ..native import DTYPES, FLOAT, INT, Pointer, function
 _THRESHOLD, _TOP, _GIVEN = range(3)
 _sparse_input = function("sparse_input", *[Pointer] * 6, *[INT] * 5, FLOAT, *[INT] * 3)
 _sparse_output = function("sparse_output", *[Pointer] * 5, *[INT] * 6)
-_packed_bits = function(
-    "packed_bits", Pointer, Pointer, INT, Pointer, Pointer, INT, Pointer, Pointer, *[INT] * 4
-)
+_packed_bits = function("packed_bits", Pointer, Pointer, INT, Pointer, Pointer, INT, Pointer, Pointer, *[INT] * 4)
 _unpack_bit_rows = function("unpack_bit_rows", Pointer, INT, Pointer, Pointer, INT, Pointer, *[INT] * 5)
 _packed_blocks = function("packed_blocks", *[Pointer] * 3, INT, *[Pointer] * 3, *[INT] * 6)
 _unpack_block_rows = function("unpack_block_rows", *[Pointer] * 2, INT, *[Pointer] * 2, *[INT] * 6)
@@ -32,7 +30,8 @@ def sparse_input(
         norm = norm.detach().float().contiguous()
     elif threshold is not None and x.dtype == torch.bfloat16:
         threshold = float(torch.tensor(threshold, dtype=x.dtype))  # as a comparison in bfloat16 does
-    return _run_input(x, weight, bias, norm, mask, _TOP if threshold is None else _THRESHOLD, threshold, k, max_kept), mask
+    mode = _TOP if threshold is None else _THRESHOLD
+    return _run_input(x, weight, bias, norm, mask, mode, threshold, k, max_kept), mask
 
 
 def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, max_kept: int) -> Tensor | None:
@@ -107,9 +106,7 @@ def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tenso
     return out
 
 
-def unpack_block_rows(
-    values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int
-) -> Tensor:
+def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
     """See `reference.unpack_block_rows`."""
     count, br, bc = values.shape
     out = values.new_empty((stop - start) * br, cols)
