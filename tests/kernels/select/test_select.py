@@ -204,7 +204,7 @@ def test_bad_input(twin):
         threshold_select(x, math.nan, capacity=2)
     with pytest.raises(InputTypeError, match="threshold must be floating point"):
         threshold_select(x, torch.ones(3, 1, dtype=torch.int64), capacity=2)
-    with pytest.raises(InputTypeError, match="x must be floating point, got torch.int32"):
+    with pytest.raises(InputTypeError, match=r"x must be floating point, got torch.int32"):
         topk(x.int(), 2)
     with pytest.raises(InputError, match="x must have at least 1 dimension"):
         topk(x[0, 0], 1)

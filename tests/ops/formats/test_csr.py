@@ -79,14 +79,14 @@ def test_bad_input():
         PackedCSR.pack(torch.zeros(3))
     with pytest.raises(InputTypeError, match="weight must be floating point"):
         PackedCSR.pack(torch.zeros(3, 4, dtype=torch.int64))
-    with pytest.raises(InputTypeError, match="columns must be torch.int32, got torch.int64"):
+    with pytest.raises(InputTypeError, match=r"columns must be torch.int32, got torch.int64"):
         PackedCSR(packed.values, packed.columns.long(), packed.row_offsets, packed.shape)
     with pytest.raises(InputError, match=r"row_offsets must have shape \[4\], got \[3\]"):
         PackedCSR(packed.values, packed.columns, packed.row_offsets[1:], packed.shape)
     with pytest.raises(InputError, match="columns must have shape"):
         PackedCSR(packed.values, packed.columns[1:], packed.row_offsets, packed.shape)
     tensors = packed.tensors()
-    with pytest.raises(InputError, match="tensors must hold .* got none named columns"):
+    with pytest.raises(InputError, match=r"tensors must hold .* got none named columns"):
         PackedCSR.from_tensors({name: tensor for name, tensor in tensors.items() if name != "columns"})
     with pytest.raises(InputError, match="row_offsets must ascend from 0"):
         PackedCSR.from_tensors({**tensors, "row_offsets": tensors["row_offsets"].flip(0)})
