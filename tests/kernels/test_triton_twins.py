@@ -46,7 +46,7 @@ def poisoned(size):
 
 
 @pytest.mark.parametrize("by_abs", [False, True])
-@pytest.mark.parametrize(("size", "k"), [(64, 64), (65, 40), (200, 1), (1000, 700)])
+@pytest.mark.parametrize(("size", "k"), [(64, 64), (65, 40), (200, 1), (300, 210)])
 def test_rows_of_several_chunks(monkeypatch, size, k, by_abs):
     monkeypatch.setattr(select, "_CHUNK", 64)
     x = poisoned(size)
@@ -65,7 +65,7 @@ def test_rows_of_several_chunks(monkeypatch, size, k, by_abs):
 
 def test_statistics_of_several_chunks(monkeypatch):
     monkeypatch.setattr(select, "_CHUNK", 64)
-    x = randn(3, 1000) + 100.0
+    x = randn(3, 500) + 100.0
     for result, expected in zip(
         select.statistical_topk(x, 80, 200), select_reference.statistical_topk(x, 80, 200), strict=True
     ):
@@ -182,7 +182,7 @@ def launch_all(dtype):
 
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """The interpreter takes what the compiler does not; the compiler needs no GPU."""
-    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", COMPILE, __file__], env=os.environ | settings, check=True, timeout=300)
 
 
