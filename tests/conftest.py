@@ -8,6 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, as transformers does
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, which it warns of when it is not asked for
+
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import nn

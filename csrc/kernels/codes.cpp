@@ -6,7 +6,7 @@ namespace {
 
 constexpr int WIDE = 16;                       // vectors of a strip: its sums stay in registers
 constexpr int64_t STRIP = WIDE * LANES;        // columns of a strip
-constexpr int64_t RESIDENT = 12 << 20;         // bytes of a table that shall stay in the last cache
+constexpr int64_t RESIDENT = 24 << 20;         // bytes of a table that shall stay in the last cache
 constexpr int AHEAD = 4;                       // rows fetched ahead
 
 // Columns of a block of a table with `rows` rows: whole strips.
@@ -21,14 +21,15 @@ INLINE void fetch(const T *row, int64_t columns) {
 }
 
 // out[columns] = sum of weights[j] * table[rows[j]][columns], over at most one strip; a weight of 0 is skipped.
+// Of the rows ahead the first strip of a block fetches `fetched` columns, all of the block's; the others then none.
 template <typename T, typename V>
 INLINE void sum_strip(T *out, const V *weights, const int32_t *rows, int64_t count, const T *table, int64_t d,
-                      int64_t columns) {
+                      int64_t columns, int64_t fetched) {
   if (columns == STRIP) {
     f32x16 sums[WIDE] = {};
     for (int64_t j = 0; j < count; j++) {
       float weight = to_float(weights[j]);
-      fetch(table + rows[j + AHEAD] * d, STRIP);
+      fetch(table + rows[j + AHEAD] * d, fetched);
       if (weight == 0) continue;
       const T *row = table + rows[j] * d;
 #pragma GCC unroll 16
@@ -65,7 +66,8 @@ void gather_sum(const T *values, const int32_t *indices, const T *table, T *out,
         memcpy(rows, indices + t * k, k * sizeof(int32_t));
         for (int j = 0; j < AHEAD; j++) rows[k + j] = t + 1 < n ? indices[(t + 1) * k + min_of(j, k - 1)] : rows[k - 1];
         for (int64_t c = start; c < stop; c += STRIP)
-          sum_strip(out + t * d + c, values + t * k, rows, k, table + c, d, min_of(STRIP, stop - c));
+          sum_strip(out + t * d + c, values + t * k, rows, k, table + c, d, min_of(STRIP, stop - c),
+                    c == start ? stop - start : 0);
       }
     }
   }
@@ -97,7 +99,7 @@ void gather_dot(const T *x, const int32_t *indices, const T *table, const T *bia
             const T *row = table + rows[j] * d + c;
             f32x16 a = {}, b = {};
             if (columns == STRIP) {
-              fetch(table + rows[min_of(j + AHEAD, left - 1)] * d + c, STRIP);
+              if (c == start) fetch(table + rows[min_of(j + AHEAD, left - 1)] * d + c, stop - start);
 #pragma GCC unroll 16
               for (int i = 0; i < WIDE; i += 2) {
                 a += held[i] * load(row + i * LANES);
@@ -173,7 +175,7 @@ void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, 
       for (int64_t a = by.part(part, threads, size); a < end; a++)
         for (int64_t c = start; c < stop; c += STRIP)
           sum_strip(out + a * d + c, by.weight + by.first[a], by.token + by.first[a], by.first[a + 1] - by.first[a],
-                    x + c, d, min_of(STRIP, stop - c));
+                    x + c, d, min_of(STRIP, stop - c), c == start ? stop - start : 0);
     }
 }
 

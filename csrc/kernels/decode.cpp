@@ -11,7 +11,7 @@ struct Sizes {
   int64_t queries, keys, dim, value_dim;
   int64_t key_batch, key_head, key_row;
   int64_t value_batch, value_head, value_row;
-  int64_t pages, page_size, page_bytes, page_batch, page_head;  // pages in a list; bytes of a number; strides
+  int64_t pages, page_size, page_bytes, page_batch, page_head;  // pages in a list; bytes of a number, 0: no list
   int64_t window;                                               // 0: none
   float scale, softcap;                                         // softcap 0: none
 };
@@ -23,7 +23,7 @@ constexpr int MOST_ROWS = 8, SUMS = 16;
 #else
 constexpr int MOST_ROWS = 4, SUMS = 4;  // of the sixteen registers, f32x16 takes two or four
 #endif
-constexpr int64_t CHUNKS = 32;  // at least, where there are keys enough: to balance a few threads
+constexpr int64_t CHUNKS = 32;  // where there are keys enough, to balance a few threads
 constexpr int64_t TILE = 32;   // keys whose values stay in L1 while slice after slice of their columns is added up
 constexpr int64_t AHEAD = 32;  // rows between the one in use and the one that is asked for
 
@@ -61,19 +61,25 @@ struct Unit<bf16> {
 };
 #endif
 
+#if defined(__AVX512F__)
+// The halves of a, then of b, each with its quarters added.
+INLINE __m512 fold(__m512 a, __m512 b) {
+  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+}
+#endif
+
 // Lane j of the result is the sum of the lanes of v[j].
 INLINE f32x16 sum_each(const f32x16 *v) {
 #if defined(__AVX512F__)
   __m512 four[4];
   for (int i = 0; i < 4; i++) {
     const __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1], c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
-    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
   }
-  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-  return (f32x16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  const __m512 low = fold(four[0], four[1]), high = fold(four[2], four[3]);
+  return (f32x16)fold(low, high);
 #else
   f32x16 all;
   for (int i = 0; i < 4; i++) {
@@ -190,8 +196,8 @@ void soften(const Sizes &s, const Work &w, int r, int64_t n, int64_t low, int64_
   *total = hsum(sum);
 }
 
-// Adds weights times values of the keys [first, stop) to V units of columns of R rows. `tail`: columns of a unit that is
-// not whole, else 0.
+// Adds weights times values of the keys [first, stop) to V units of columns of R rows. `tail` is how many columns the
+// unit has where it is not whole, else 0.
 template <typename T, int R, int V>
 void weigh(const Sizes &s, const Work &w, const T *value, int64_t first, int64_t stop, int64_t column, int64_t tail,
            int64_t width) {
@@ -243,8 +249,8 @@ void weigh(const Sizes &s, const Work &w, const T *value, int64_t first, int64_t
     for (int v = 0; v < V * (int)U::PAIR; v++) store(to + r * width + v * LANES, sum[r][v]);
 }
 
-// Where column c of a row lies. Interleaving two rows leaves the columns of a unit of 32 as 0-3, 8-11, 16-19, 24-27, then
-// the rest.
+// Where column c of a row lies: interleaving two rows leaves the columns of a unit of 32 as 0-3, 8-11, 16-19, 24-27,
+// and then the others.
 template <typename T>
 INLINE int64_t place(int64_t c) {
   if (Unit<T>::PAIR == 1) return c;
@@ -281,7 +287,8 @@ void attend(const Sizes &s, const Work &w, const T *query, int64_t row0, int64_t
   for (int64_t first = 0; first < n; first += TILE) {
     const int64_t stop = min_of(first + TILE, n);
     int64_t c = 0;
-    for (; c + V * U::COLUMNS <= s.value_dim; c += V * U::COLUMNS) weigh<T, R, V>(s, w, value, first, stop, c, 0, width);
+    for (; c + V * U::COLUMNS <= s.value_dim; c += V * U::COLUMNS)
+      weigh<T, R, V>(s, w, value, first, stop, c, 0, width);
     for (; c + U::COLUMNS <= s.value_dim; c += U::COLUMNS) weigh<T, R, 1>(s, w, value, first, stop, c, 0, width);
     if (c < s.value_dim) weigh<T, R, 1>(s, w, value, first, stop, c, s.value_dim - c, width);
   }
@@ -308,7 +315,7 @@ int64_t positions(const Sizes &s, const Cache &c, int64_t batch, int64_t head, i
   const uint8_t *real = c.padding ? c.padding + batch * s.keys : nullptr;
   int64_t n = 0;
   for (int64_t page = first / s.page_size; page * s.page_size < stop; page++) {
-    const int64_t number = c.pages ? page_at(s, c.pages, list + page) : page;
+    const int64_t number = s.page_bytes ? page_at(s, c.pages, list + page) : page;
     if (number < 0) continue;
     const int64_t shift = (number - page) * s.page_size;
     const int64_t low = max_of(max_of(page * s.page_size, first) + shift, earliest);
@@ -331,8 +338,7 @@ void chunk(const Sizes &s, const Cache &c, const Work &w, int64_t list, int64_t 
   const T *key = (const T *)c.key + batch * s.key_batch + head * s.key_head;
   const T *value = (const T *)c.value + batch * s.value_batch + head * s.value_head;
   for (int64_t row = 0; row < s.rows;) {
-    const int64_t left = s.rows - row;
-    const int64_t rows = min_of(left, MOST_ROWS);
+    const int64_t rows = min_of(s.rows - row, MOST_ROWS);
     if (n == 0)
       for (int64_t r = row; r < row + rows; r++) part.most[r] = -__builtin_inff(), part.total[r] = 0;
     else if (rows == 1)
@@ -349,7 +355,8 @@ void chunk(const Sizes &s, const Cache &c, const Work &w, int64_t list, int64_t 
 
 // One row of the result from its parts, in the order of the chunks.
 template <typename T>
-void merge(const Sizes &s, const Part &part, int64_t stride, int64_t chunks, float *sums, T *out, float *lse) {
+void merge(const Sizes &s, const Part &part, int64_t chunks, float *sums, T *out, float *lse) {
+  const int64_t stride = s.rows;
   float most = -__builtin_inff(), total = 0;
   for (int64_t i = 0; i < chunks; i++) most = part.most[i * stride] > most ? part.most[i * stride] : most;
   memset(sums, 0, s.value_dim * sizeof(float));
@@ -382,7 +389,7 @@ void decode(const Sizes &s, const Cache &c, T *out, float *lse, int64_t threads)
   const int64_t lists = s.batch * s.kv_heads, listed = s.pages * s.page_size;
   const int64_t share = min_of(max_of(ceil_div(lists * listed, CHUNKS), 256), 1024);
   const int64_t most = ceil_div(ceil_div(listed, max_of(ceil_div(listed, share), 1)), TILE) * TILE;
-  const int64_t chunks = listed ? ceil_div(listed, most) : 0, stride = s.rows;
+  const int64_t chunks = listed ? ceil_div(listed, most) : 0;
   const int64_t width = ceil_div(s.value_dim, 32) * 32, padded = ceil_div(s.dim, 32) * 32;
   const int64_t parts = lists * chunks * s.rows;
   Scratch kept((2 + s.value_dim) * parts * sizeof(float));
@@ -390,14 +397,14 @@ void decode(const Sizes &s, const Cache &c, T *out, float *lse, int64_t threads)
   if (lists * listed * (s.dim + s.value_dim) < 65536) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t bytes[] = {(most + AHEAD + 2) * 4,      MOST_ROWS * most * 4, MOST_ROWS * most * 4,
+    const int64_t bytes[] = {(most + AHEAD + 2) * 4, MOST_ROWS * most * 4,    MOST_ROWS * most * 4,
                              MOST_ROWS * padded * 4, MOST_ROWS * LANES * 64, MOST_ROWS * width * 4};
     int64_t at[7] = {0};
     for (int i = 0; i < 6; i++) at[i + 1] = at[i] + ceil_div(bytes[i], 64) * 64;
     Scratch own(at[6]);
     char *const base = (char *)own.at;
-    const Work w = {(int32_t *)base,   (float *)(base + at[1]),  base + at[2],
-                    base + at[3], (f32x16 *)(base + at[4]), (float *)(base + at[5]), most};
+    const Work w = {(int32_t *)base,     (float *)(base + at[1]), base + at[2], base + at[3], (f32x16 *)(base + at[4]),
+                    (float *)(base + at[5]), most};
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < lists * chunks; i++) {
       const int64_t first = i % chunks * most, row = i * s.rows;
@@ -408,7 +415,7 @@ void decode(const Sizes &s, const Cache &c, T *out, float *lse, int64_t threads)
     for (int64_t i = 0; i < lists * s.rows; i++) {
       const int64_t row = i / s.rows * chunks * s.rows + i % s.rows;
       const Part part = {all + row, all + parts + row, all + 2 * parts + row * s.value_dim};
-      merge<T>(s, part, stride, chunks, w.out, out + i * s.value_dim, lse + i);
+      merge<T>(s, part, chunks, w.out, out + i * s.value_dim, lse + i);
     }
   }
 }
@@ -422,7 +429,7 @@ PAUCITY_KERNEL(decode_attention)
   if (lengths)
     for (int64_t b = 0; b < s.batch; b++)
       if (lengths[b] < 0 || lengths[b] > s.keys) return LENGTH;
-  if (pages) {
+  if (s.page_bytes) {
     if (out_of_range(s, pages)) return PAGE;
   } else {
     s.page_size = 64;

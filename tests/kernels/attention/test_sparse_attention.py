@@ -1,6 +1,7 @@
 """Every twin against loops over every query and key, in float64."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class Case:
 
 CASES = [
     Case(1, 1),
+    Case(5, 7, pads=(0, 2), softcap=2.0, bias=(1, 4, 5)),
     Case(17, 19, pads=(0, 5), softcap=2.0, bias=(1, 4, 17)),
     Case(63, 63, pads=(0, 5)),
     Case(1, 130, softcap=2.0, group_heads=4),
@@ -83,8 +85,16 @@ SPECS = [
     Spec("exact", 1, 1, 8, (16,)),
     Spec("exact", 2, 0, 128, (128,)),
 ]
-TABLE = [(case, spec) for case in CASES for spec in SPECS if case.causal or spec.kind != "window"]
-FEW = [TABLE[0], *[(case, spec) for case in CASES[1:2] for spec in SPECS[1::3]], *TABLE[3 + len(SPECS) * 5 :: 17]]
+# Every other pair of the larger cases: the loops take their time.
+TABLE = [
+    (case, spec)
+    for row, case in enumerate(CASES)
+    for column, spec in enumerate(SPECS)
+    if (case.causal or spec.kind != "window") and (row < 3 or (row + column) % 2)
+]
+FEW = [(CASES[0], SPECS[0])]
+FEW += [(case, spec) for case in CASES[1:3] for spec in SPECS[1::3]]
+FEW += [(CASES[row], SPECS[(5 * row + 2) % len(SPECS)]) for row in (3, 6, 7, 8, 10, 11)]
 
 
 @functools.cache
@@ -92,40 +102,39 @@ def build(case, spec):
     """The pattern, and which pairs it keeps, by loops: bool ``[2, 4, tq, tk]``."""
     heads = spec.heads or case.group_heads
     padding, offset = case.options()["padding"], case.tk - case.tq
-    kept = torch.zeros(BATCH, HEADS, case.tq, case.tk, dtype=torch.bool)
     if spec.kind == "window":
         size, sinks = spec.sizes
-        for b in range(BATCH):
-            for row in range(case.tq):
-                for j in range(case.tk):
-                    rank = j if padding is None else int(padding[b, :j].sum())
-                    kept[b, :, row, j] = j > row + offset - size or rank < sinks
-        return Window(size, sinks, spec.q_block), kept
+        real = [[True] * case.tk] * BATCH if padding is None else padding.tolist()
+        rank = [[sum(row[:j]) for j in range(case.tk)] for row in real]
+        return Window(size, sinks, spec.q_block), every_pair(
+            case, lambda b, h, row, j: j > row + offset - size or rank[b][j] < sinks
+        )
     generator = torch.Generator().manual_seed(1)
     blocks = -(-case.tq // spec.q_block)
     if spec.kind == "lists":
         mask = torch.rand(spec.rows, heads, blocks, case.tk, generator=generator) < 0.3
         mask[0, 0, 0] = False  # nothing at all
         pattern = KeyLists.from_mask(mask, q_block=spec.q_block)
-        keeps = lambda b, h, row, j: mask[b, h, row // spec.q_block, j]  # noqa: E731
+        keeps = lambda b, h, row, j: kept[b][h][row // spec.q_block][j]  # noqa: E731
     elif spec.kind == "blocks":
         k_block = spec.sizes[0]
         mask = torch.rand(spec.rows, heads, blocks, -(-case.tk // k_block), generator=generator) < 0.5
         pattern = BlockMask(mask, spec.q_block, k_block, case.tq, case.tk)
-        keeps = lambda b, h, row, j: mask[b, h, row // spec.q_block, j // k_block]  # noqa: E731
+        keeps = lambda b, h, row, j: kept[b][h][row // spec.q_block][j // k_block]  # noqa: E731
     else:
         k_block = spec.sizes[0]
         mask = torch.rand(spec.rows, heads, case.tq, case.tk, generator=generator) < 0.3
         mask[:, :, : case.tq // 2, : case.tk // 2] = True
         mask[:, :, case.tq // 2 :, : case.tk // 3] = False
         pattern = BlockMask.from_dense(mask, q_block=spec.q_block, k_block=k_block, exact=True)
-        keeps = lambda b, h, row, j: mask[b, h, row, j]  # noqa: E731
-    for b in range(BATCH):
-        for h in range(HEADS):
-            for row in range(case.tq):
-                for j in range(case.tk):
-                    kept[b, h, row, j] = keeps(b % spec.rows, h * heads // HEADS, row, j)
-    return pattern, kept
+        keeps = lambda b, h, row, j: kept[b][h][row][j]  # noqa: E731
+    kept = mask.tolist()
+    return pattern, every_pair(case, lambda b, h, row, j: keeps(b % spec.rows, h * heads // HEADS, row, j))
+
+
+def every_pair(case, keeps):
+    sizes = (range(BATCH), range(HEADS), range(case.tq), range(case.tk))
+    return torch.tensor([keeps(*at) for at in itertools.product(*sizes)]).view(BATCH, HEADS, case.tq, case.tk)
 
 
 @functools.cache
@@ -159,8 +168,10 @@ def naive(case, spec, dtype):
     return out, lse, pairs
 
 
-def skip_where_slow(twin, case):
-    if twin.name == "triton" and case.tq * case.tk > 400 and twin.device == "cpu":
+def skip_where_slow(twin, case, spec):
+    """Triton's interpreter takes seconds for what the others do in no time: it gets the smallest cases."""
+    slow = twin.name == "triton" and twin.device == "cpu"
+    if slow and case is not CASES[0] and (case is not CASES[1] or spec not in (SPECS[1], SPECS[10])):
         pytest.skip("Triton's interpreter is slow")
 
 
@@ -175,7 +186,7 @@ def on(device, x):
 
 @pytest.mark.parametrize(("case", "spec"), TABLE)
 def test_matches_naive(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     expected, expected_lse, pairs = naive(case, spec, torch.float32)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     tensors = on(twin.device, dict(zip(("query", "key", "value"), case.inputs(), strict=True)))
@@ -193,7 +204,7 @@ def test_matches_naive(twin, case, spec):
 
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_bfloat16(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     expected, expected_lse, _ = naive(case, spec, torch.bfloat16)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     query, key, value = (x.to(twin.device) for x in case.inputs(torch.bfloat16))
@@ -228,7 +239,7 @@ def dense(query, key, value, kept, *, padding, window, softcap, bias, causal, si
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_gradients_match_dense(twin, case, spec, with_sinks):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     options = case.options()
     tensors = [*case.inputs(), torch.linspace(-1, 1, HEADS)]
@@ -259,9 +270,9 @@ def test_gradients_match_dense(twin, case, spec, with_sinks):
         torch.testing.assert_close(ours.cpu().double(), theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "spec"), [TABLE[9], *FEW[1:5]])
+@pytest.mark.parametrize(("case", "spec"), FEW[5:11])
 def test_bfloat16_gradients(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     tensors, options = case.inputs(torch.bfloat16), case.options()
     weight = torch.randn(BATCH, HEADS, case.tq, 8, generator=torch.Generator().manual_seed(5))
@@ -278,7 +289,7 @@ def test_bfloat16_gradients(twin, case, spec):
 
 @pytest.mark.parametrize(("case", "spec"), FEW)
 def test_what_nobody_sees_is_not_read(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, kept = build(case, spec)
     options = case.options()
     query, key, value = case.inputs()
@@ -295,9 +306,9 @@ def test_what_nobody_sees_is_not_read(twin, case, spec):
         torch.testing.assert_close(ours, clean, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "spec"), FEW[1:6])
+@pytest.mark.parametrize(("case", "spec"), FEW[5:10])
 def test_any_strides(twin, case, spec):
-    skip_where_slow(twin, case)
+    skip_where_slow(twin, case, spec)
     pattern, options = on(twin.device, build(case, spec)[0]), on(twin.device, case.options())
     plain = [x.to(twin.device) for x in case.inputs()]
     transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]

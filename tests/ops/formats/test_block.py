@@ -88,6 +88,112 @@ def test_algebra_broadcasts():
         mask & mask.blocks
 
 
+def element_mask(q_len, kv_len, q_block, k_block, seed, heads=(2, 3)):
+    """A mask with full, empty and partly kept blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(*heads, -(-q_len // q_block), -(-kv_len // k_block), generator=generator) * 2.4 - 0.7
+    wide = share.repeat_interleave(q_block, 2).repeat_interleave(k_block, 3)[:, :, :q_len, :kv_len]
+    return torch.rand(*heads, q_len, kv_len, generator=generator) < wide
+
+
+LENGTHS = (st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+
+
+@FEW
+@given(*LENGTHS)
+def test_exact_round_trip(q_len, kv_len, q_block, k_block, seed):
+    dense = element_mask(q_len, kv_len, q_block, k_block, seed)
+    exact = BlockMask.from_dense(dense, q_block=q_block, k_block=k_block, exact=True)
+    assert torch.equal(exact.to_dense(), dense)
+    assert torch.equal(exact.blocks, BlockMask.from_dense(dense, q_block=q_block, k_block=k_block).blocks)
+    partial = torch.full_like(exact.blocks, -1, dtype=torch.int32) if exact.partial is None else exact.partial
+    number = 0
+    for b, h, i, j in exact.blocks.new_ones(exact.blocks.shape).nonzero().tolist():
+        part = dense[b, h, i * q_block : (i + 1) * q_block, j * k_block : (j + 1) * k_block]
+        assert exact.blocks[b, h, i, j] == part.any()
+        split = bool(part.any()) and not bool(part.all())
+        assert partial[b, h, i, j] == (number if split else -1)
+        number += split
+    assert (exact.elements is None) == (number == 0)
+    assert number == 0 or len(exact.elements) == number
+
+
+@FEW
+@given(*LENGTHS, st.sampled_from([(2, 3), (1, 3), (2, 1)]))
+def test_partial_blocks_in_algebra(q_len, kv_len, q_block, k_block, seed, heads):
+    left = element_mask(q_len, kv_len, q_block, k_block, seed)
+    right = element_mask(q_len, kv_len, q_block, k_block, seed + 1, heads)
+    sizes = {"q_block": q_block, "k_block": k_block}
+    for exact in (True, False):
+        a = BlockMask.from_dense(left, **sizes, exact=True)
+        b = BlockMask.from_dense(right, **sizes, exact=exact)
+        for ours, theirs in ((a & b, a.to_dense() & b.to_dense()), (b | a, a.to_dense() | b.to_dense())):
+            assert torch.equal(ours.to_dense(), theirs)
+            # As little as can be: no block that keeps nothing, none partial that is full.
+            again = BlockMask.from_dense(theirs, **sizes, exact=True)
+            assert torch.equal(ours.blocks, again.blocks)
+            assert (ours.partial is None) == (again.partial is None)
+            assert ours.partial is None or torch.equal(ours.partial >= 0, again.partial >= 0)
+
+
+@FEW
+@given(*LENGTHS, st.booleans(), st.none() | st.integers(1, 9), st.sampled_from([None, 1, 2]), st.booleans())
+def test_kept_pairs_match_loops(q_len, kv_len, q_block, k_block, seed, causal, window, rows, exact):
+    for heads in ((2, 3), (1, 1)):
+        dense = element_mask(q_len, kv_len, q_block, k_block, seed, heads)
+        mask = BlockMask.from_dense(dense, q_block=q_block, k_block=k_block, exact=exact)
+        padding = None
+        if rows is not None:
+            padding = torch.rand(rows, kv_len, generator=torch.Generator().manual_seed(seed)) < 0.6
+        batch = max(heads[0], rows or 1)
+        expected = torch.zeros(batch, heads[1], dtype=torch.int64)
+        kept, offset = mask.to_dense(), kv_len - q_len
+        for b in range(batch):
+            real = None if padding is None else padding[b % rows].tolist()
+            for h, i, j in kept[b % heads[0]].nonzero().tolist():
+                at = i + offset
+                if (causal and j > at) or (window is not None and j <= at - window):
+                    continue
+                if real is None or (real[j] and (at < 0 or real[at])):
+                    expected[b, h] += 1
+        ours = mask.kept_pairs(q_len, kv_len, padding=padding, window=window, causal=causal)
+        assert ours.dtype == torch.int64
+        assert torch.equal(ours, expected)
+        if padding is None and window is None and expected.any():
+            every = naive_dense(BlockMask(torch.ones_like(mask.blocks), q_block, k_block, q_len, kv_len), causal)
+            assert torch.allclose(mask.density(causal=causal), expected / every.sum((2, 3)))
+
+
+def test_partial_blocks_move_and_print():
+    mask = torch.ones(1, 1, 7, 9, dtype=torch.bool).tril(2)
+    exact = BlockMask.from_dense(mask, q_block=4, k_block=4, exact=True)
+    assert repr(exact) == "BlockMask([1, 1], 7x9 in 4x4, 0.833 of the blocks, 4 partial)"
+    assert exact.density().item() == 1
+    moved = exact.to("meta")
+    assert {x.device.type for x in (moved.blocks, moved.partial, moved.elements)} == {"meta"}
+    # A block that is not kept stays out, whatever its elements say.
+    left_out = BlockMask(torch.zeros_like(exact.blocks), 4, 4, 7, 9, exact.partial, exact.elements)
+    assert not left_out.to_dense().any()
+    assert left_out.kept_pairs(7, 9).item() == 0
+
+
+def test_bad_partial_blocks():
+    blocks = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    partial, elements = torch.zeros(1, 1, 2, 2, dtype=torch.int32), torch.ones(1, 4, 4, dtype=torch.bool)
+    with pytest.raises(InputError, match="elements must be given together with partial"):
+        BlockMask(blocks, 4, 4, 8, 8, partial)
+    with pytest.raises(InputTypeError, match=r"partial must be torch\.int32, got torch\.int64"):
+        BlockMask(blocks, 4, 4, 8, 8, partial.long(), elements)
+    with pytest.raises(InputError, match=r"partial must have shape \[1, 1, 2, 2\], got \[1, 1, 2, 1\]"):
+        BlockMask(blocks, 4, 4, 8, 8, partial[..., :1], elements)
+    with pytest.raises(InputTypeError, match="elements must be bool"):
+        BlockMask(blocks, 4, 4, 8, 8, partial, elements.int())
+    with pytest.raises(InputError, match=r"elements must have shape \[any, 4, 4\], got \[1, 4, 3\]"):
+        BlockMask(blocks, 4, 4, 8, 8, partial, elements[..., :3])
+    with pytest.raises(InputError, match="pattern must be for 7 queries and 8 keys"):
+        BlockMask(blocks, 4, 4, 8, 8).kept_pairs(7, 8)
+
+
 def test_bad_input():
     blocks = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     with pytest.raises(InputError, match=r"blocks must have shape \[any, any, 3, 2\], got \[1, 1, 2, 2\]"):

@@ -67,7 +67,8 @@ def decode_attention(
     out, lse = attend(query, key, value, pages, lengths, padding, page_size, scale, softcap, window)
     if sinks is not None:
         sink = sinks.to(lse.dtype).view(-1, 1)
-        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
+        share = torch.sigmoid(lse - sink.clamp(min=torch.finfo(lse.dtype).min))  # -inf - -inf is no number
+        out = (out * share.unsqueeze(-1)).to(out.dtype)
         lse = torch.logaddexp(lse, sink)
     return (out, lse) if return_lse else out
 

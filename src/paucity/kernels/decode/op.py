@@ -1,4 +1,4 @@
-"""Decode attention as an operator: the twin is picked, numbers out of range are refused, gradients are the reference's."""
+"""Decode attention as an operator: picks the twin, refuses numbers out of range, has the reference's gradients."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def attend(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of `Problem`."""
-    problem = Problem(scale, pages, page_size, lengths, padding, softcap, window)
+    problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
     twin = dispatch.twin("decode attention", query)
     if twin == "native":
         out, lse, code = native.forward(query, key, value, problem)
@@ -66,7 +66,7 @@ def attend_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, by the reference on every device."""
-    problem = Problem(scale, pages, page_size, lengths, padding, softcap, window)
+    problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
     return reference.backward(grad_out, grad_lse, query, key, value, out, lse, problem)
 
 
@@ -99,12 +99,25 @@ def _backward_flops(
 
 
 def _num_pairs(query: Tensor, key: Tensor, rest: tuple[Any, ...]) -> int:
-    pages, lengths, padding, page_size, scale, softcap, window = rest
-    return reference.num_pairs(query, key, Problem(scale, pages, page_size, lengths, padding, softcap, window))
+    return reference.num_pairs(query, key, _problem(key, *rest))
 
 
 register_flop_formula(torch.ops.paucity.decode_attention, get_raw=True)(_flops)
 register_flop_formula(torch.ops.paucity.decode_attention_backward, get_raw=True)(_backward_flops)
+
+
+def _problem(
+    key: Tensor,
+    pages: Tensor | None,
+    lengths: Tensor | None,
+    padding: Tensor | None,
+    page_size: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Problem:
+    """The problem, a page being no longer than the cache: a size like 2^62 would overflow."""
+    return Problem(scale, pages, min(page_size, max(key.shape[2], 1)), lengths, padding, softcap, window)
 
 
 def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

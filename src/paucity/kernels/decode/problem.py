@@ -9,8 +9,8 @@ from torch import Tensor
 class Problem:
     """``softmax(softcap(scale * q k^T)) v`` over the listed keys that a query sees; checked by who makes it.
 
-    Query ``i`` of ``Tq`` stands at position ``length - Tq + i`` of its row. It sees the listed keys that are no padding,
-    not later than itself and, with ``window``, among the last ``window`` keys, itself included.
+    Query ``i`` of ``Tq`` stands at position ``length - Tq + i`` of its row. It sees the listed keys that are no
+    padding, not later than itself and, with ``window``, among the last ``window`` keys, itself included.
 
     Attributes:
         scale: factor on the products.

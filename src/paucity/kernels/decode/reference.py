@@ -22,7 +22,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, problem: Problem
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the weights are computed again."""
     at, listed = _positions(key, problem)
@@ -84,12 +91,13 @@ def _visible(queries: int, keys: int, at: Tensor, listed: Tensor, problem: Probl
 
 def _logits(rows: Tensor, keys: Tensor, visible: Tensor, problem: Problem) -> tuple[Tensor, Tensor | float]:
     """Final logits ``[B, Hkv, G * Tq, m]``, -inf where hidden, and the slope of the soft cap."""
-    logits, slope = rows @ keys.mT * problem.scale, 1.0
+    logits: Tensor = rows @ keys.mT * problem.scale
+    slope: Tensor | float = 1.0
     if problem.softcap is not None:
         bent = torch.tanh(logits / problem.softcap)
         logits, slope = bent * problem.softcap, 1 - bent.square()
-    by_query = logits.unflatten(2, (-1, visible.shape[2]))
-    return by_query.masked_fill(~visible.unsqueeze(2), -math.inf).flatten(2, 3), slope
+    hidden = ~visible.repeat(1, 1, rows.shape[2] // visible.shape[2], 1)
+    return logits.masked_fill(hidden, -math.inf), slope
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
