@@ -43,6 +43,7 @@ namespace {
 enum Kind { BLOCKS = 0, LISTS = 1, WINDOW = 2 };
 
 constexpr int64_t TILE = 64;        // keys in a tile, and queries in a panel
+constexpr int64_t HALF = TILE / 2;  // of a panel
 constexpr int64_t UNIT_ROWS = 128;  // most queries of a head in a unit
 constexpr int64_t STACKED = 512;    // most queries of all heads in a unit
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
@@ -194,10 +195,11 @@ static Tile tile_at(const Attention &p, const Unit &u, const Keys &keys, int64_t
   return t;
 }
 
-// Which lanes of a panel see which keys of a tile.
+// Which lanes of a panel see which keys of a tile. Along the causal border half of a panel sees fewer keys.
 struct Sight {
   uint64_t bits[TILE];
   bool all, none;
+  int64_t from[2], until[2];  // the keys that any lane of a half sees lie in between
 };
 
 // The bias of a tile and a panel, [key][lane]; 0 in lanes beyond the unit's rows.
@@ -219,8 +221,8 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
   int32_t oldest = t.at[0], newest = t.at[t.count - 1];
   sight.all = !t.elements && !bias && keys.most_low[panel] <= oldest && newest <= keys.least_high[panel];
   sight.none = false;
+  for (int half = 0; half < 2; half++) sight.from[half] = 0, sight.until[half] = sight.all ? t.count : 0;
   if (sight.all) return;
-  uint64_t any = 0;
   for (int64_t k = 0; k < t.count; k++) {
     int32_t position = t.at[k];
     const int32_t *lowest = position < keys.sink_end ? low_sink : low;
@@ -243,9 +245,13 @@ static void see(const Attention &p, const Unit &u, const Keys &keys, const Tile 
       for (int64_t r = 0; r < rows; r++)
         if (bias[k * TILE + r] == -__builtin_inff()) seen &= ~(1ull << r);
     sight.bits[k] = seen;
-    any |= seen;
+    for (int half = 0; half < 2; half++)
+      if (seen >> half * HALF & 0xffffffffu) {
+        if (!sight.until[half]) sight.from[half] = k;
+        sight.until[half] = k + 1;
+      }
   }
-  sight.none = !any;
+  sight.none = !sight.until[0] && !sight.until[1];
 }
 
 // Pointers to the keys' or values' rows of a tile, `length` long; a key that nobody sees reads as zeros.
@@ -312,11 +318,11 @@ static __attribute__((noinline)) void write_panel(const float *from, const float
 
 // Scaled products [key][lane] become logits times log2(e): soft cap, bias, -inf where a lane does not see a key.
 // `slope`, if given, becomes the soft cap's derivative.
-static void finish_logits(const Attention &p, int64_t count, int64_t lanes, const float *bias, const Sight &sight,
-                          float *s, float *slope) {
+static void finish_logits(const Attention &p, int64_t first, int64_t count, int64_t lane, int64_t lanes,
+                          const float *bias, const Sight &sight, float *s, float *slope) {
   const float cap = (float)p.softcap, inner = 2 * LOG2E / cap;
-  for (int64_t k = 0; k < count; k++)
-    for (int64_t i = 0; i < lanes; i += W) {
+  for (int64_t k = first; k < count; k++)
+    for (int64_t i = lane; i < lanes; i += W) {
       float *at = s + k * TILE + i;
       vec x = vload(at);
       if (p.softcap != 0) {

@@ -182,11 +182,10 @@ static __attribute__((noinline)) void columns(const E *const *a, int64_t rows, i
   for (; m < rows; m++) micro<1, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
 }
 
-// C[rows][lanes], `depth` elements deep; `lanes` is a multiple of W, `ldb` the elements from one k of B to the next.
+// C[rows][lane to lanes], `depth` elements deep, for multiples of W; `ldb` elements lie from one k of B to the next.
 template <bool ACROSS, Update HOW, class E>
-static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, int64_t lanes,
-                    float *const *c, float scale = 1.0f, const float *alpha = 0) {
-  int64_t lane = 0;
+static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, int64_t lane,
+                    int64_t lanes, float *const *c, float scale = 1.0f, const float *alpha = 0) {
   for (; lane + NVECS * W <= lanes; lane += NVECS * W)
     columns<NVECS, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
   int64_t left = (lanes - lane) / W;

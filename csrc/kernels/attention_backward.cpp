@@ -191,20 +191,21 @@ static void attend(const Attention &p, const Unit &u, const Tile &t, int64_t par
     const Sight &sight = w.sights[panel];
     if (sight.none) continue;
     const int64_t rows = min_of(TILE, u.rows - panel * TILE), lanes = ceil_div(rows, W) * W;
-    product<false, REPLACE>(w.key_rows, t.count, dims, w.query + panel * dims * TILE, TILE, lanes, w.logit_rows, scale);
-    product<false, REPLACE>(w.value_rows, t.count, value_dims, w.grad + panel * value_dims * TILE, TILE, lanes,
+    product<false, REPLACE>(w.key_rows, t.count, dims, w.query + panel * dims * TILE, TILE, 0, lanes, w.logit_rows,
+                            scale);
+    product<false, REPLACE>(w.value_rows, t.count, value_dims, w.grad + panel * value_dims * TILE, TILE, 0, lanes,
                             w.grad_rows);
     if (p.bias) take_bias(p, u, w.keys, t, panel, w.bias);
     float *softcap = p.softcap != 0 ? w.softcap : 0;
-    if (!plain || !sight.all) finish_logits(p, t.count, lanes, p.bias ? w.bias : 0, sight, w.logits, softcap);
+    if (!plain || !sight.all) finish_logits(p, 0, t.count, 0, lanes, p.bias ? w.bias : 0, sight, w.logits, softcap);
     differentiate<Per<E>::elements == 1>(p, t.count, lanes, w.logits, w.grads, softcap, w.lse + panel * TILE,
                                          w.delta + panel * TILE, w.probability, w.slope_across, w.slope_down);
     if (p.grad_bias) add_bias_grad(p, u, w.keys, t, panel, part, sight, w.grads);
     const int64_t deep = in_elements<E>(rows), from = panel * TILE;
-    product<false, ADD>(w.probability_rows, t.count, deep, w.grad_down + from * value_lanes, value_lanes, value_lanes,
+    product<false, ADD>(w.probability_rows, t.count, deep, w.grad_down + from * value_lanes, value_lanes, 0, value_lanes,
                         w.value_sums);
-    product<false, ADD>(w.slope_rows, t.count, deep, w.query_down + from * key_lanes, key_lanes, key_lanes, w.key_sums);
-    product<true, ADD>(w.key_across, p.dim, in_elements<E>(t.count), w.slope_down, TILE, lanes,
+    product<false, ADD>(w.slope_rows, t.count, deep, w.query_down + from * key_lanes, key_lanes, 0, key_lanes, w.key_sums);
+    product<true, ADD>(w.key_across, p.dim, in_elements<E>(t.count), w.slope_down, TILE, 0, lanes,
                        w.query_sums + panel * p.dim);
   }
 }
