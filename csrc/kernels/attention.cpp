@@ -1,5 +1,5 @@
 // Sparse attention, forward: the online softmax over the tiles of keys that each unit of queries needs.
-#include "attention.h"
+#include "attention_tiles.h"
 
 #include <math.h>
 
@@ -59,7 +59,8 @@ INLINE vec highest(const float *s, int64_t count, vec most) {
 }
 
 // Turn logits into probabilities, as the A or B of the next product needs them; `top`, `sum` and `alpha` follow.
-static __attribute__((noinline)) void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha, float *to) {
+NOINLINE void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha,
+                     float *to) {
   for (int64_t i = lane; i < lanes; i += W) {
     vec most = vload(top + i);
     const vec before = most;
@@ -79,7 +80,8 @@ static __attribute__((noinline)) void soften(const float *s, int64_t count, int6
 }
 
 #if defined(__AVX512BF16__)
-static __attribute__((noinline)) void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha, pair *to) {
+NOINLINE void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha,
+                     pair *to) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t i = lane; i < lanes; i += W) {
@@ -113,17 +115,17 @@ static __attribute__((noinline)) void soften(const float *s, int64_t count, int6
 
 // The values of a tile as the A of the second product.
 template <class T>
-static __attribute__((noinline)) void lay_values(Work<T, float> &, const Tile &, int64_t) {}  // the rows themselves, key by key
+static void lay_values(Work<T, float> &, const Tile &, int64_t) {}  // the rows themselves, key by key
 
 template <class T>
-static __attribute__((noinline)) void lay_values(Work<T, pair> &w, const Tile &t, int64_t length) {
+static void lay_values(Work<T, pair> &w, const Tile &t, int64_t length) {
   int64_t padded = ceil_div(length, 16) * 16;
   interleave(w.rows, t.count, length, padded, w.zeros, w.value);
   for (int64_t k = 0; k < t.count; k += 2) w.value_rows[k / 2] = w.value + k / 2 * padded;
 }
 
 template <class T, class E>
-static __attribute__((noinline)) void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> &w) {
+static void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> &w) {
   const int64_t deep = in_elements<E>(p.dim), panels = ceil_div(u.rows, TILE);
   uint64_t seen[TILE] = {};
   bool whole = false;  // some panel sees all keys
@@ -168,7 +170,7 @@ static __attribute__((noinline)) void attend(const Attention &p, const Unit &u, 
 
 // Divide by the sums, and write the rows where they belong.
 template <class T, class E>
-static __attribute__((noinline)) void give_out(const Attention &p, const Unit &u, Work<T, E> &w) {
+static void give_out(const Attention &p, const Unit &u, Work<T, E> &w) {
   const int64_t wide = p.value_dim;
   int64_t rows[TILE];
   for (int64_t panel = 0; panel * TILE < u.rows; panel++) {
