@@ -1,4 +1,4 @@
-// Products of small matrices that stay in the cache, and the packing they need.
+// Products of small matrices that stay in the cache.
 //
 // All products have the form C[m][lane] += sum over k of A[m][k] * B[k][lane], where the lanes are packed side by side
 // and A is read through pointers to its rows, wherever these lie. An element is a float, or a pair of bfloat16 that are
@@ -6,6 +6,8 @@
 #pragma once
 
 #include "simd.h"
+
+#define NOINLINE static __attribute__((noinline))
 
 namespace {
 
@@ -130,8 +132,8 @@ enum Update { REPLACE, ADD, RESCALE };
 
 // M rows of C, N vectors of lanes. A[m][k] is a[m][k], or a[k][m] when ACROSS.
 template <int M, int N, bool ACROSS, Update HOW, class E>
-INLINE void micro(const E *const *a, int64_t first, int64_t depth, const E *b, int64_t ldb, float *const *c, int64_t lane,
-                  float scale, const float *alpha) {
+INLINE void micro(const E *const *a, int64_t first, int64_t depth, const E *b, int64_t ldb, float *const *c,
+                  int64_t lane, float scale, const float *alpha) {
   vec acc[M][N];
   const E *row[M];
 #pragma GCC unroll 8
@@ -167,8 +169,8 @@ INLINE void micro(const E *const *a, int64_t first, int64_t depth, const E *b, i
 }
 
 template <int N, bool ACROSS, Update HOW, class E>
-static __attribute__((noinline)) void columns(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb,
-                                              float *const *c, int64_t lane, float scale, const float *alpha) {
+NOINLINE void columns(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, float *const *c,
+                      int64_t lane, float scale, const float *alpha) {
   int64_t m = 0;
   for (; m + MROWS <= rows; m += MROWS) micro<MROWS, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
   if (rows - m >= 4 && MROWS > 4) {
@@ -182,11 +184,10 @@ static __attribute__((noinline)) void columns(const E *const *a, int64_t rows, i
   for (; m < rows; m++) micro<1, N, ACROSS, HOW>(a, m, depth, b, ldb, c, lane, scale, alpha);
 }
 
-// C[rows][lanes], `depth` elements deep; `lanes` is a multiple of W, `ldb` the elements from one k of B to the next.
+// C[rows][lane to lanes], `depth` elements deep, for multiples of W; `ldb` elements lie from one k of B to the next.
 template <bool ACROSS, Update HOW, class E>
-static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, int64_t lanes,
-                    float *const *c, float scale = 1.0f, const float *alpha = 0) {
-  int64_t lane = 0;
+static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, int64_t ldb, int64_t lane,
+                    int64_t lanes, float *const *c, float scale = 1.0f, const float *alpha = 0) {
   for (; lane + NVECS * W <= lanes; lane += NVECS * W)
     columns<NVECS, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
   int64_t left = (lanes - lane) / W;
@@ -194,115 +195,5 @@ static void product(const E *const *a, int64_t rows, int64_t depth, const E *b, 
   if (NVECS > 2 && left == 2) columns<2, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
   if (left == 1) columns<1, ACROSS, HOW>(a, rows, depth, b, ldb, c, lane, scale, alpha);
 }
-
-// x[i][j] and x[j][i] change places, for 16 by 16 elements of 4 bytes.
-INLINE void transpose16(u32x16 *x) {
-#if defined(__AVX512F__)
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // b[i + c] holds column c of each four columns, of rows i to i + 3
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; c++) {
-    __m512i even_low = _mm512_shuffle_i32x4(b[c], b[c + 4], 0x88), odd_low = _mm512_shuffle_i32x4(b[c], b[c + 4], 0xdd);
-    __m512i even_high = _mm512_shuffle_i32x4(b[c + 8], b[c + 12], 0x88);
-    __m512i odd_high = _mm512_shuffle_i32x4(b[c + 8], b[c + 12], 0xdd);
-    x[c] = (u32x16)_mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    x[c + 8] = (u32x16)_mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    x[c + 4] = (u32x16)_mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    x[c + 12] = (u32x16)_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-#else
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < i; j++) {
-      uint32_t other = x[i][j];
-      x[i][j] = x[j][i];
-      x[j][i] = other;
-    }
-#endif
-}
-
-// to[k][lane] = rows[lane][k] for `lanes` (at most 64) rows of `depth` elements; lanes up to the next multiple of 16
-// become 0.
-template <class E>
-static __attribute__((noinline)) void pack_across(const E *const *rows, int64_t lanes, int64_t depth, E *to, int64_t ldt) {
-  static_assert(sizeof(E) == 4, "an element has four bytes");
-  for (int64_t lane = 0; lane < lanes; lane += 16)
-    for (int64_t k = 0; k < depth; k += 16) {
-      u32x16 x[16];
-      int64_t used = min_of(16, lanes - lane), deep = min_of(16, depth - k);
-      if (used == 16 && deep == 16) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) memcpy(&x[i], rows[lane + i] + k, sizeof x[i]);
-        transpose16(x);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) memcpy(to + (k + i) * ldt + lane, &x[i], sizeof x[i]);
-        continue;
-      }
-      for (int i = 0; i < 16; i++) {
-        x[i] = u32x16{};
-        if (i < used) x[i] = (u32x16)load_n((const float *)(rows[lane + i] + k), deep);
-      }
-      transpose16(x);
-      for (int64_t i = 0; i < deep; i++) memcpy(to + (k + i) * ldt + lane, &x[i], sizeof x[i]);
-    }
-}
-
-// to[k / 2][i] = (rows[k][i], rows[k + 1][i]) for `count` rows of bfloat16, with a row of zeros when that is odd;
-// entries from `length` to `padded` (a multiple of 16) become 0.
-static inline void interleave(const bf16 *const *rows, int64_t count, int64_t length, int64_t padded, const bf16 *zeros,
-                              pair *to) {
-  for (int64_t k = 0; k < count; k += 2, to += padded) {
-    const bf16 *a = rows[k], *b = k + 1 < count ? rows[k + 1] : zeros;
-    int64_t i = 0;
-#if defined(__AVX512BF16__)
-    for (; i + 16 <= length; i += 16) {
-      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(a + i)));
-      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + i)));
-      _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-#endif
-    for (; i < length; i++) to[i].first = a[i].bits, to[i].second = b[i].bits;
-    for (; i < padded; i++) to[i].first = to[i].second = 0;
-  }
-}
-
-// A row as elements: where it lies if its memory already is that, else converted to `to`.
-INLINE const float *as_elements(const float *row, int64_t, float *) { return row; }
-
-INLINE const float *as_elements(const bf16 *row, int64_t length, float *to) {
-  int64_t i = 0;
-  for (; i + LANES <= length; i += LANES) store(to + i, load(row + i));
-  for (; i < length; i++) to[i] = to_float(row[i]);
-  return to;
-}
-
-INLINE const pair *as_elements(const bf16 *row, int64_t length, pair *to) {
-  if (length % 2 == 0) return (const pair *)row;
-  memcpy(to, row, length * sizeof(bf16));
-  to[length / 2].second = 0;
-  return to;
-}
-
-// Memory handed out in 64-byte steps; without a base it only counts.
-struct Arena {
-  char *base;
-  size_t used;
-  template <class T>
-  T *take(int64_t count) {
-    size_t at = used;
-    used += (count * sizeof(T) + 63) / 64 * 64;
-    return base ? (T *)(base + at) : 0;
-  }
-};
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Sparse attention, forward: the online softmax over the tiles of keys that each unit of queries needs.
-#include "attention.h"
+#include "attention_tiles.h"
 
 #include <math.h>
 
@@ -59,8 +59,9 @@ INLINE vec highest(const float *s, int64_t count, vec most) {
 }
 
 // Turn logits into probabilities, as the A or B of the next product needs them; `top`, `sum` and `alpha` follow.
-static __attribute__((noinline)) void soften(const float *s, int64_t count, int64_t lanes, float *top, float *sum, float *alpha, float *to) {
-  for (int64_t i = 0; i < lanes; i += W) {
+NOINLINE void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha,
+                     float *to) {
+  for (int64_t i = lane; i < lanes; i += W) {
     vec most = vload(top + i);
     const vec before = most;
     most = highest(s + i, count, most);
@@ -79,10 +80,11 @@ static __attribute__((noinline)) void soften(const float *s, int64_t count, int6
 }
 
 #if defined(__AVX512BF16__)
-static __attribute__((noinline)) void soften(const float *s, int64_t count, int64_t lanes, float *top, float *sum, float *alpha, pair *to) {
+NOINLINE void soften(const float *s, int64_t count, int64_t lane, int64_t lanes, float *top, float *sum, float *alpha,
+                     pair *to) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t i = 0; i < lanes; i += W) {
+  for (int64_t i = lane; i < lanes; i += W) {
     vec most = vload(top + i);
     const vec before = most;
     most = highest(s + i, count, most);
@@ -113,17 +115,17 @@ static __attribute__((noinline)) void soften(const float *s, int64_t count, int6
 
 // The values of a tile as the A of the second product.
 template <class T>
-static __attribute__((noinline)) void lay_values(Work<T, float> &, const Tile &, int64_t) {}  // the rows themselves, key by key
+static void lay_values(Work<T, float> &, const Tile &, int64_t) {}  // the rows themselves, key by key
 
 template <class T>
-static __attribute__((noinline)) void lay_values(Work<T, pair> &w, const Tile &t, int64_t length) {
+static void lay_values(Work<T, pair> &w, const Tile &t, int64_t length) {
   int64_t padded = ceil_div(length, 16) * 16;
   interleave(w.rows, t.count, length, padded, w.zeros, w.value);
   for (int64_t k = 0; k < t.count; k += 2) w.value_rows[k / 2] = w.value + k / 2 * padded;
 }
 
 template <class T, class E>
-static __attribute__((noinline)) void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> &w) {
+static void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> &w) {
   const int64_t deep = in_elements<E>(p.dim), panels = ceil_div(u.rows, TILE);
   uint64_t seen[TILE] = {};
   bool whole = false;  // some panel sees all keys
@@ -147,19 +149,28 @@ static __attribute__((noinline)) void attend(const Attention &p, const Unit &u, 
   for (int64_t panel = 0; panel < panels; panel++) {
     const Sight &sight = w.sights[panel];
     if (sight.none) continue;
-    int64_t lanes = ceil_div(min_of(TILE, u.rows - panel * TILE), W) * W;
-    product<false, REPLACE>(w.key_rows, t.count, deep, w.query + panel * deep * TILE, TILE, lanes, w.logit_rows, scale);
+    const int64_t lanes = ceil_div(min_of(TILE, u.rows - panel * TILE), W) * W;
     if (p.bias) take_bias(p, u, w.keys, t, panel, w.bias);
-    if (!plain || !sight.all) finish_logits(p, t.count, lanes, p.bias ? w.bias : 0, sight, w.logits, 0);
-    soften(w.logits, t.count, lanes, w.top + panel * TILE, w.sum + panel * TILE, w.alpha, w.probability);
-    product<true, RESCALE>(w.value_rows, p.value_dim, in_elements<E>(t.count), w.probability, TILE, lanes,
-                           w.out_rows + panel * p.value_dim, 1.0f, w.alpha);
+    const bool one = sight.all || (sight.from[0] == sight.from[1] && sight.until[0] == sight.until[1]);
+    for (int64_t lane = 0; lane < lanes; lane += one ? TILE : HALF) {
+      // Pairs of keys start at even ones.
+      const int64_t from = sight.from[lane / HALF] & ~1, until = sight.until[lane / HALF], count = until - from;
+      const int64_t stop = one ? lanes : min_of(lane + HALF, lanes), at = panel * TILE;
+      if (until == 0) continue;
+      product<false, REPLACE>(w.key_rows + from, count, deep, w.query + at * deep, TILE, lane, stop,
+                              w.logit_rows + from, scale);
+      if (!plain || !sight.all)
+        finish_logits(p, from, until, lane, stop, p.bias ? w.bias : 0, sight, w.logits, 0);
+      soften(w.logits + from * TILE, count, lane, stop, w.top + at, w.sum + at, w.alpha, w.probability);
+      product<true, RESCALE>(w.value_rows + in_elements<E>(from), p.value_dim, in_elements<E>(count), w.probability,
+                             TILE, lane, stop, w.out_rows + panel * p.value_dim, 1.0f, w.alpha);
+    }
   }
 }
 
 // Divide by the sums, and write the rows where they belong.
 template <class T, class E>
-static __attribute__((noinline)) void give_out(const Attention &p, const Unit &u, Work<T, E> &w) {
+static void give_out(const Attention &p, const Unit &u, Work<T, E> &w) {
   const int64_t wide = p.value_dim;
   int64_t rows[TILE];
   for (int64_t panel = 0; panel * TILE < u.rows; panel++) {

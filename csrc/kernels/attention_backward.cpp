@@ -2,11 +2,9 @@
 //
 // Units of one key-value head add to its keys' and values' gradients in a fixed order, in as many sums as there are
 // parts; these are added last. So no result depends on the number of threads.
-#include "attention.h"
+#include "attention_tiles.h"
 
 namespace {
-
-INLINE int64_t padded(int64_t length) { return ceil_div(length, 16) * 16; }
 
 // One thread's memory.
 template <class T, class E>
@@ -72,25 +70,6 @@ struct Work {
   }
 };
 
-// Rows as the B of a product that is as deep as there are rows.
-static inline void lay_down(const float *const *rows, int64_t count, int64_t length, const float *, float *to) {
-  for (int64_t k = 0; k < count; k++, to += padded(length)) {
-    memcpy(to, rows[k], length * sizeof(float));
-    memset(to + length, 0, (padded(length) - length) * sizeof(float));
-  }
-}
-
-static inline void lay_down(const bf16 *const *rows, int64_t count, int64_t length, const bf16 *zeros, pair *to) {
-  interleave(rows, count, length, padded(length), zeros, to);
-}
-
-static inline void lay_down(const bf16 *const *rows, int64_t count, int64_t length, const bf16 *, float *to) {
-  for (int64_t k = 0; k < count; k++, to += padded(length)) {
-    for (int64_t i = 0; i < padded(length); i += 16)
-      store(to + i, load_n(rows[k] + i, max_of(0, min_of(16, length - i))));
-  }
-}
-
 // The keys of a tile as the A of the product with dS.
 template <class T>
 static void lay_keys(Work<T, float> &w, const Tile &t, int64_t) {
@@ -124,9 +103,9 @@ INLINE void put_across(pair *to, int64_t k, int64_t i, vec x, vec y) {
 
 // From logits and dO.V: P and dS; the gradient of the logits stays in `grads` when somebody wants it.
 template <bool EXACT, class E>
-static __attribute__((noinline)) void differentiate(const Attention &p, int64_t count, int64_t lanes, const float *s,
-                                                    float *grads, const float *softcap, const float *lse,
-                                                    const float *delta, E *probability, E *across, E *down) {
+NOINLINE void differentiate(const Attention &p, int64_t count, int64_t lanes, const float *s, float *grads,
+                            const float *softcap, const float *lse, const float *delta, E *probability, E *across,
+                            E *down) {
   const float scale = (float)p.scale;
   const bool keep = p.grad_bias != 0;
   for (int64_t k = 0; k < count; k += 2)
@@ -191,32 +170,24 @@ static void attend(const Attention &p, const Unit &u, const Tile &t, int64_t par
     const Sight &sight = w.sights[panel];
     if (sight.none) continue;
     const int64_t rows = min_of(TILE, u.rows - panel * TILE), lanes = ceil_div(rows, W) * W;
-    product<false, REPLACE>(w.key_rows, t.count, dims, w.query + panel * dims * TILE, TILE, lanes, w.logit_rows, scale);
-    product<false, REPLACE>(w.value_rows, t.count, value_dims, w.grad + panel * value_dims * TILE, TILE, lanes,
+    product<false, REPLACE>(w.key_rows, t.count, dims, w.query + panel * dims * TILE, TILE, 0, lanes, w.logit_rows,
+                            scale);
+    product<false, REPLACE>(w.value_rows, t.count, value_dims, w.grad + panel * value_dims * TILE, TILE, 0, lanes,
                             w.grad_rows);
     if (p.bias) take_bias(p, u, w.keys, t, panel, w.bias);
     float *softcap = p.softcap != 0 ? w.softcap : 0;
-    if (!plain || !sight.all) finish_logits(p, t.count, lanes, p.bias ? w.bias : 0, sight, w.logits, softcap);
+    if (!plain || !sight.all) finish_logits(p, 0, t.count, 0, lanes, p.bias ? w.bias : 0, sight, w.logits, softcap);
     differentiate<Per<E>::elements == 1>(p, t.count, lanes, w.logits, w.grads, softcap, w.lse + panel * TILE,
                                          w.delta + panel * TILE, w.probability, w.slope_across, w.slope_down);
     if (p.grad_bias) add_bias_grad(p, u, w.keys, t, panel, part, sight, w.grads);
     const int64_t deep = in_elements<E>(rows), from = panel * TILE;
-    product<false, ADD>(w.probability_rows, t.count, deep, w.grad_down + from * value_lanes, value_lanes, value_lanes,
-                        w.value_sums);
-    product<false, ADD>(w.slope_rows, t.count, deep, w.query_down + from * key_lanes, key_lanes, key_lanes, w.key_sums);
-    product<true, ADD>(w.key_across, p.dim, in_elements<E>(t.count), w.slope_down, TILE, lanes,
+    product<false, ADD>(w.probability_rows, t.count, deep, w.grad_down + from * value_lanes, value_lanes, 0,
+                        value_lanes, w.value_sums);
+    product<false, ADD>(w.slope_rows, t.count, deep, w.query_down + from * key_lanes, key_lanes, 0, key_lanes,
+                        w.key_sums);
+    product<true, ADD>(w.key_across, p.dim, in_elements<E>(t.count), w.slope_down, TILE, 0, lanes,
                        w.query_sums + panel * p.dim);
   }
-}
-
-template <class T>
-static float dot(const T *a, const T *b, int64_t length) {
-  f32x16 sum = {};
-  for (int64_t i = 0; i < length; i += 16) {
-    int64_t n = min_of(16, length - i);
-    sum += load_n(a + i, n) * load_n(b + i, n);
-  }
-  return hsum(sum);
 }
 
 // Lay out what a unit's tiles need of its queries: both operands, log-sum-exp times log2(e), delta.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...checks import InputError
-from ...ops.formats.block import BlockMask
 from ...ops.formats.stripes import KeyLists, Window
 from .. import native
 from .problem import Problem
@@ -90,7 +89,7 @@ class _Call:
         batch, heads, blocks, width = shape
         self.set(kind=kind, pattern_batch=batch, pattern_heads=heads, num_blocks=blocks, width=width)
 
-    def set(self, **fields: "int | ctypes.Array[_INT]") -> None:
+    def set(self, **fields: "int | ctypes.Array[ctypes.c_int64]") -> None:
         """Fill fields in."""
         for name, field in fields.items():
             setattr(self.struct, name, field)
