@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="the native lib
 @pytest.fixture(autouse=True)
 def _small_weights_count(monkeypatch):
     monkeypatch.delenv("PAUCITY_KERNELS", raising=False)
-    monkeypatch.setattr(op, "MIN_BYTES", 1)
+    monkeypatch.setattr(op, "MIN_WEIGHTS", 1)
 
 
 def stand_ins(model):

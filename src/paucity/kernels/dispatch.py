@@ -5,6 +5,7 @@ not there is an error; one that does not take a dtype or a device leaves it to t
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -56,6 +58,11 @@ def twin(kernel: str, tensor: Tensor) -> str:
         InputError: if ``PAUCITY_KERNELS`` asks for a twin that this machine lacks.
     """
     return _twin(kernel, tensor.device.type, tensor.dtype)
+
+
+def module(kernel: str, tensor: Tensor, package: str | None) -> ModuleType:
+    """The twin that `twin` names, as the module of that name in ``package``, the caller's ``__package__``."""
+    return importlib.import_module(f".{twin(kernel, tensor)}", package)
 
 
 def _twin(kernel: str, device: str, dtype: torch.dtype) -> str:

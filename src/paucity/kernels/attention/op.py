@@ -1,6 +1,5 @@
 """Sparse attention as operators of PyTorch: they trace, compile, differentiate and count their FLOPs."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -61,9 +60,9 @@ def sparse_attention_op(
     pattern = _pattern(query, key, kind, index, extra, elements, q_block, k_block, window_size, num_sinks)
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     _check_positions(problem, key.shape[2])
-    chosen = dispatch.twin(KERNEL, query)
-    if chosen != "reference":
-        out, lse = _module(chosen).forward(query, key, value, problem)
+    twin = dispatch.module(KERNEL, query, __package__)
+    if twin is not reference:
+        out, lse = twin.forward(query, key, value, problem)
         return out, lse
     if not need_lse and (reason := dense.reason(query, key, problem)):
         dispatch.note_dense(KERNEL, reason)
@@ -100,7 +99,7 @@ def sparse_attention_backward_op(
     pattern = _pattern(query, key, kind, index, extra, elements, q_block, k_block, window_size, num_sinks)
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     _check_positions(problem, key.shape[2])
-    twin = _module(dispatch.twin(KERNEL, query))
+    twin = dispatch.module(KERNEL, query, __package__)
     grads = twin.backward(grad_out, grad_lse, query, key, value, out, lse, problem, bias_grad=bias_grad)
     return (*grads[:3], query.new_empty(0) if grads[3] is None else grads[3].to(problem.bias.dtype))  # type: ignore[union-attr]
 
@@ -174,11 +173,6 @@ def _backward_flops(grad_out: Tensor, grad_lse: Tensor | None, *args: Any, out_v
 
 register_flop_formula(torch.ops.paucity.sparse_attention, get_raw=True)(_forward_flops)
 register_flop_formula(torch.ops.paucity.sparse_attention_backward, get_raw=True)(_backward_flops)
-
-
-def _module(twin: str) -> Any:
-    """The twin's module; only those of use are imported, as Triton may be missing."""
-    return importlib.import_module(f".{twin}", __package__)
 
 
 def _lse_like(query: Tensor) -> Tensor:

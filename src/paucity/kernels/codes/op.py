@@ -13,16 +13,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...checks import fail
 from .. import dispatch
-from . import native, reference
 
 
 def _twin(tensor: Tensor) -> ModuleType:
-    chosen = dispatch.twin("codes", tensor)
-    if chosen == "triton":
-        from . import triton
-
-        return triton
-    return native if chosen == "native" else reference
+    return dispatch.module("codes", tensor, __package__)
 
 
 def _check_indices(function: str, indices: Tensor, size: int) -> None:

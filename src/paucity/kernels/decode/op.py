@@ -29,18 +29,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of `Problem`."""
     problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
-    twin = dispatch.twin("decode attention", query)
-    if twin == "native":
+    twin = dispatch.module("decode attention", query, __package__)
+    if twin is native:
         out, lse, code = native.forward(query, key, value, problem)
         if code:
             raise _out_of_range(key, problem)
         return out, lse
     _check_numbers(key, problem)
-    if twin == "triton":
-        from . import triton
-
-        return triton.forward(query, key, value, problem)
-    return reference.forward(query, key, value, problem)
+    out, lse = twin.forward(query, key, value, problem)
+    return out, lse
 
 
 @attend.register_fake

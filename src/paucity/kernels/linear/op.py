@@ -4,8 +4,6 @@ The operators take tokens as rows: ``x [T, in]``. `dense_reason` is the one plac
 the dense product of the masked input.
 """
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
-from . import native, reference
+from . import reference
 
 KERNEL = "sparse linear"
 MAX_TOKENS = 16
@@ -24,14 +22,6 @@ MAX_KEPT = 0.85
 """With a larger share kept, streaming the whole weight is as fast."""
 MIN_WEIGHTS = 2**20
 """A smaller weight lies in a cache and takes no longer than a call."""
-
-
-def twin_module(kernel: str, x: Tensor) -> ModuleType:
-    """The twin that computes ``kernel`` on ``x``, as a module."""
-    chosen = dispatch.twin(kernel, x)
-    if chosen == "triton":
-        return importlib.import_module(".triton", __package__)
-    return native if chosen == "native" else reference
 
 
 def is_input_major(weight: Tensor) -> bool:
@@ -71,7 +61,7 @@ def sparse_input(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float | None, k: int | None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_input`: ``(out, mask)``."""
-    twin = twin_module(KERNEL, x)
+    twin = dispatch.module(KERNEL, x, __package__)
     if twin is reference:
         out, mask = reference.sparse_input(x, weight, bias, norm, threshold, k, weight.shape[1])
         return out, mask  # type: ignore[return-value]
@@ -89,7 +79,7 @@ def sparse_input(
 @torch.library.custom_op("paucity::masked_input_linear", mutates_args=())
 def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.masked_input`."""
-    twin = twin_module(KERNEL, x)
+    twin = dispatch.module(KERNEL, x, __package__)
     out: Tensor | None = None
     if twin is reference:
         out = reference.masked_input(x, weight, mask, bias, weight.shape[1])
@@ -105,7 +95,7 @@ def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -
 @torch.library.custom_op("paucity::sparse_output_linear", mutates_args=())
 def sparse_output(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.sparse_output`."""
-    twin = twin_module(KERNEL, x)
+    twin = dispatch.module(KERNEL, x, __package__)
     out: Tensor | None = None
     if twin is reference:
         out = reference.sparse_output(x, weight, rows, bias, weight.shape[0])

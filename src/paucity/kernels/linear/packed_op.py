@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .op import twin_module
+from .. import dispatch
 
 KERNEL = "packed linear"
 MAX_TOKENS = 16
@@ -48,7 +48,7 @@ def _backward(grad: Tensor, cols: int, rows: int, height: int, unpack: Callable[
 @torch.library.custom_op("paucity::packed_bits_linear", mutates_args=())
 def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `reference.packed_bits`."""
-    twin = twin_module(KERNEL, x)
+    twin = dispatch.module(KERNEL, x, __package__)
     if x.shape[0] <= MAX_TOKENS:
         out: Tensor = twin.packed_bits(x.contiguous(), values, bits, row_offsets, bias)
         return out
@@ -65,14 +65,16 @@ def unpack_bit_rows(
     values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: int, start: int, stop: int
 ) -> Tensor:
     """See `reference.unpack_bit_rows`."""
-    out: Tensor = twin_module(KERNEL, values).unpack_bit_rows(values, bits, row_offsets, cols, start, stop)
+    out: Tensor = dispatch.module(KERNEL, values, __package__).unpack_bit_rows(
+        values, bits, row_offsets, cols, start, stop
+    )
     return out
 
 
 @torch.library.custom_op("paucity::packed_blocks_linear", mutates_args=())
 def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.packed_blocks`."""
-    twin = twin_module(KERNEL, x)
+    twin = dispatch.module(KERNEL, x, __package__)
     if x.shape[0] <= MAX_TOKENS:
         out: Tensor = twin.packed_blocks(x.contiguous(), values, columns, row_offsets, bias)
         return out
@@ -87,7 +89,9 @@ def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tenso
 @torch.library.custom_op("paucity::unpack_block_rows", mutates_args=())
 def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
     """See `reference.unpack_block_rows`."""
-    out: Tensor = twin_module(KERNEL, values).unpack_block_rows(values, columns, row_offsets, cols, start, stop)
+    out: Tensor = dispatch.module(KERNEL, values, __package__).unpack_block_rows(
+        values, columns, row_offsets, cols, start, stop
+    )
     return out
 
 

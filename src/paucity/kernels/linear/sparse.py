@@ -21,8 +21,7 @@ def pays(weight: Tensor) -> bool:
 
     False where the weight lies in a cache, and where only the reference would compute.
     """
-    large = weight.numel() * weight.element_size() >= op.MIN_BYTES
-    return large and dispatch.twin(op.KERNEL, weight) != "reference"
+    return weight.numel() >= op.MIN_WEIGHTS and dispatch.twin(op.KERNEL, weight) != "reference"
 
 
 def sparse_input_linear(

@@ -11,16 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
-from . import native, reference
 
 
 def _twin(tensor: Tensor) -> ModuleType:
-    chosen = dispatch.twin("selection", tensor)
-    if chosen == "triton":
-        from . import triton
-
-        return triton
-    return native if chosen == "native" else reference
+    return dispatch.module("selection", tensor, __package__)
 
 
 @torch.library.custom_op("paucity::topk", mutates_args=())
