@@ -1,7 +1,6 @@
 """What this machine can do at most, measured in the same process: the limit that kernels are held against."""
 
 import functools
-import statistics
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ _READ_BYTES = 512 * 2**20
 def arithmetic(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large dense matrix product in ``dtype``."""
     a, b = (torch.randn(_DENSE, _DENSE).to(dtype) for _ in range(2))
-    return 2 * _DENSE**3 / _median(lambda: a @ b)
+    return 2 * _DENSE**3 / _shortest(lambda: a @ b)
 
 
 @functools.cache
@@ -23,7 +22,7 @@ def bandwidth() -> float:
     """Bytes a second read from a buffer far larger than the caches, by all threads."""
     buffer = torch.ones(_READ_BYTES // 8, dtype=torch.float32).view(2, -1)
     vector = torch.ones(buffer.shape[1])
-    return _READ_BYTES / 2 / min(_median(lambda: buffer @ vector), _median(buffer.sum))
+    return _READ_BYTES / 2 / min(_shortest(lambda: buffer @ vector), _shortest(buffer.sum))
 
 
 def least_seconds(*, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
@@ -31,10 +30,10 @@ def least_seconds(*, flops: float, num_bytes: float, dtype: torch.dtype) -> floa
     return max(flops / arithmetic(dtype), num_bytes / bandwidth())
 
 
-def _median(call: Callable[[], object], rounds: int = 7) -> float:
+def _shortest(call: Callable[[], object], rounds: int = 9) -> float:
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return min(seconds)
