@@ -243,7 +243,8 @@ template <typename E>
 bool bits_linear_for(const void *x, const void *values, int64_t total, const uint8_t *bits, Rows starts,
                      const void *bias, void *y, int64_t tokens, int64_t rows, int64_t cols, int64_t threads) {
   auto run = tokens <= 1 ? bits_linear<1, E> : tokens <= 2 ? bits_linear<2, E> : bits_many<E>;
-  return run((const E *)x, (const E *)values, total, bits, starts, (const E *)bias, (E *)y, tokens, rows, cols, threads);
+  return run((const E *)x, (const E *)values, total, bits, starts, (const E *)bias, (E *)y, tokens, rows, cols,
+             threads);
 }
 
 template <typename E>
@@ -287,8 +288,8 @@ INLINE void block_row(f32x16 *sums, const E *w, const float *x, int64_t pitch, i
   }
 }
 
-// A row of blocks with one row each, in registers; several sums a token hide the latency of the additions. Block columns
-// are in range.
+// A row of blocks with one row each, in registers; several sums a token hide the latency of the additions. The block
+// columns are in range.
 template <int T, typename E>
 INLINE void flat_blocks(f32x16 *sums, const E *values, const int32_t *columns, int64_t count, const float *x,
                         int64_t pitch, int64_t bc) {
