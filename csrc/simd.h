@@ -173,7 +173,7 @@ INLINE void advise_huge(void *at, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t page = 1 << 21;
   uintptr_t from = ((uintptr_t)at + page - 1) / page * page, to = ((uintptr_t)at + bytes) / page * page;
-  if (to > from + 4 * page) madvise((void *)from, to - from, MADV_HUGEPAGE);
+  if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
 }
 

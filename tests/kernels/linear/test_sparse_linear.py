@@ -20,6 +20,7 @@ def _at_any_size(monkeypatch):
     """Small weights go through the kernels here, and so does any share kept."""
     monkeypatch.setattr(op, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(op, "MAX_KEPT", 1.0)
+    monkeypatch.setattr(op, "MAX_KEPT_MANY", 1.0)
 
 
 def problem(twin, tokens, size, out, dtype=torch.float32, seed=0):
@@ -180,6 +181,13 @@ def test_dense_where_sparse_would_lose(monkeypatch):
         lambda: sparse_output_linear(one, weight, rows),
     ):
         assert "more than 85% kept" in ran_dense(call, 1)
+    monkeypatch.setattr(op, "MAX_KEPT_MANY", 0.6)
+    many, halves = x[:9].bfloat16(), stored.bfloat16()
+    with dispatch.dense_runs() as reasons:
+        masked_input_linear(many, halves, torch.arange(64) < 40)
+        masked_input_linear(x[:9], stored, torch.arange(64) < 40)
+        masked_input_linear(many[:8], halves, torch.arange(64) < 40)
+    assert dict(reasons) == {"sparse linear ran dense: more than 60% kept": 1}
     assert flops(lambda: sparse_input_linear(one, stored, k=64)) == 2 * 64 * 48
     assert flops(lambda: sparse_input_linear(one, stored, k=32)) == 2 * 32 * 48
     assert flops(lambda: sparse_output_linear(one, weight, rows & (torch.arange(48) < 10))) == 2 * 64 * 10

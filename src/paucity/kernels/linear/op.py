@@ -20,6 +20,8 @@ MAX_TOKENS = 16
 """More tokens than this run dense: together they keep nearly every input, and memory no longer limits the product."""
 MAX_KEPT = 0.85
 """With a larger share kept, streaming the whole weight is as fast."""
+MAX_KEPT_MANY = 0.6
+"""The same for more than 8 tokens in half precision, where dense products have faster arithmetic than ours."""
 MIN_WEIGHTS = 2**20
 """A smaller weight lies in a cache and takes no longer than a call."""
 
@@ -48,12 +50,16 @@ def dense_reason(x: Tensor, weight: Tensor, fits: bool, layout: str) -> str | No
     return None
 
 
-def _most(size: int) -> int:
-    return int(size * MAX_KEPT)
+def _share(x: Tensor) -> float:
+    return MAX_KEPT_MANY if x.shape[0] > 8 and x.itemsize < 4 else MAX_KEPT
 
 
-def _too_many() -> None:
-    dispatch.note_dense(KERNEL, f"more than {MAX_KEPT:.0%} kept")
+def _most(x: Tensor, size: int) -> int:
+    return int(size * _share(x))
+
+
+def _too_many(x: Tensor) -> None:
+    dispatch.note_dense(KERNEL, f"more than {_share(x):.0%} kept")
 
 
 @torch.library.custom_op("paucity::sparse_input_linear", mutates_args=())
@@ -69,9 +75,9 @@ def sparse_input(
         dispatch.note_dense(KERNEL, reason)
         mask = reference.select_inputs(x, norm, threshold, k)
         return F.linear(x.masked_fill(~mask, 0), weight, bias), mask
-    out, mask = twin.sparse_input(x.contiguous(), weight, bias, norm, threshold, k, _most(weight.shape[1]))
+    out, mask = twin.sparse_input(x.contiguous(), weight, bias, norm, threshold, k, _most(x, weight.shape[1]))
     if out is None:
-        _too_many()
+        _too_many(x)
         out = F.linear(x.masked_fill(~mask, 0), weight, bias)
     return out, mask
 
@@ -86,9 +92,9 @@ def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -
     elif reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
         dispatch.note_dense(KERNEL, reason)
     else:
-        out = twin.masked_input(x.contiguous(), weight, mask.contiguous(), bias, _most(weight.shape[1]))
+        out = twin.masked_input(x.contiguous(), weight, mask.contiguous(), bias, _most(x, weight.shape[1]))
         if out is None:
-            _too_many()
+            _too_many(x)
     return F.linear(x.masked_fill(~mask, 0), weight, bias) if out is None else out
 
 
@@ -102,9 +108,9 @@ def sparse_output(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None) 
     elif reason := dense_reason(x, weight, weight.shape[1] <= 1 or weight.stride(1) == 1, "output-major"):
         dispatch.note_dense(KERNEL, reason)
     else:
-        out = twin.sparse_output(x.contiguous(), weight, rows.contiguous(), bias, _most(weight.shape[0]))
+        out = twin.sparse_output(x.contiguous(), weight, rows.contiguous(), bias, _most(x, weight.shape[0]))
         if out is None:
-            _too_many()
+            _too_many(x)
     return F.linear(x, weight, bias).masked_fill(~rows, 0) if out is None else out
 
 
@@ -182,7 +188,7 @@ def _flops(x: Tensor, weight: Tensor, mask: Tensor, size: int, fits: bool) -> in
         and (runs_reference or not dense_reason(x, weight, fits, ""))
     ):
         counted = int(mask.any(0).sum())
-        kept = counted if runs_reference or counted <= _most(size) else size
+        kept = counted if runs_reference or counted <= _most(x, size) else size
     return 2 * x.shape[0] * other * kept
 
 

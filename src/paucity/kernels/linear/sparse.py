@@ -37,8 +37,9 @@ def sparse_input_linear(
 
     TEAL (Liu et al. 2024, https://arxiv.org/abs/2408.14690) keeps those above a threshold, WINA (Chen et al. 2025,
     https://arxiv.org/abs/2505.19427) the top k with the norms of the weight's columns. The columns that no token keeps
-    are not read, for up to 16 tokens; more tokens, a small weight, more than 85 % kept or a weight that is not stored
-    input-major run as the dense product of the masked input, and `paucity.kernels.dispatch.dense_runs` counts that.
+    are not read, for up to 16 tokens. More tokens, a small weight, more than 85 % kept (60 % for 9 or more tokens in
+    half precision) or a weight that is not stored input-major run as the dense product of the masked input, and
+    `paucity.kernels.dispatch.dense_runs` counts that.
     Gradients flow as through that product with a constant mask.
 
     Args:
@@ -95,7 +96,8 @@ def sparse_output_linear(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor |
 
     Deja Vu (Liu et al. 2023, https://arxiv.org/abs/2310.17157) predicts the rows that matter; in a gated MLP they are
     those that the gate leaves. Rows that no token keeps are not read, for up to 16 tokens; more tokens, a small weight
-    or more than 85 % kept run dense, and `paucity.kernels.dispatch.dense_runs` counts that.
+    or more than 85 % kept (60 % for 9 or more tokens in half precision) run dense, and
+    `paucity.kernels.dispatch.dense_runs` counts that.
 
     Args:
         x: ``[..., in]``, any float dtype.
