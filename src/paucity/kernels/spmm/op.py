@@ -20,17 +20,13 @@ DENSE_ABOVE = {torch.float32: 0.4, torch.bfloat16: 0.3}
 
 
 def _twin(columns: Tensor, row_offsets: Tensor, x: Tensor, size: int) -> ModuleType:
-    chosen = dispatch.twin("sparse convolution", x)
-    if chosen == "native":
+    twin = dispatch.module("sparse convolution", x, __package__)
+    if twin is native:
         return native  # checks the pattern itself
     inside = not columns.numel() or bool((columns.min() >= 0) & (columns.max() < size))
     if not inside or row_offsets[[0, -1]].tolist() != [0, len(columns)] or (row_offsets.diff() < 0).any():
         raise fail("sparse_conv1x1", "weight", f"have ascending row offsets and columns in [0, {size})", "others")
-    if chosen == "triton":
-        from . import triton
-
-        return triton
-    return reference
+    return twin
 
 
 def _runs_dense(columns: Tensor, row_offsets: Tensor, x: Tensor, size: int) -> bool:
