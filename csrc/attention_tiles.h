@@ -30,16 +30,6 @@ static void take_rows(const void *data, const int64_t *strides, const Unit &u, c
   for (int64_t k = 0; k < count; k++) elements[k] = as_elements(rows[k], length, converted + k * width);
 }
 
-// Ask for the rows of keys that come next.
-template <class T>
-static void prefetch(const void *data, const int64_t *strides, const Unit &u, const int32_t *at, int64_t count,
-                     int64_t length) {
-  const char *base = (const char *)((const T *)data + u.b * strides[0] + u.kv_head * strides[1]);
-  const int64_t step = strides[2] * sizeof(T), bytes = length * sizeof(T);
-  for (int64_t k = 0; k < count; k++)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + at[k] * step + i, 0, 2);
-}
-
 // Rows of queries, or of something that lies as the output does, of one panel.
 template <class T, class E>
 static void take_panel(const void *data, const int64_t *strides, const Unit &u, const Keys &keys, int64_t panel,

@@ -3,8 +3,6 @@
 
 #include "kernel.h"
 
-#include <sys/mman.h>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -165,15 +163,6 @@ INLINE f32x16 exp(f32x16 x) {
   y = (x < -87.3f) ? set1(0.0f) : y;
   y = (x > 88.7f) ? set1(__builtin_inff()) : y;
   return (x == x) ? y : x;
-#endif
-}
-
-// A fresh large result costs a fault per page: huge pages make that one in 512.
-INLINE void advise_huge(void *at, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 1 << 21;
-  uintptr_t from = ((uintptr_t)at + page - 1) / page * page, to = ((uintptr_t)at + bytes) / page * page;
-  if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
 }
 

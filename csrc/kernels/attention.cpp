@@ -141,9 +141,6 @@ static void attend(const Attention &p, const Unit &u, const Tile &t, Work<T, E> 
   take_rows<T, E>(p.key, p.key_strides, u, t, by_key, p.dim, w.key, w.zeros, w.rows, w.key_rows);
   take_rows<T, E>(p.value, p.value_strides, u, t, by_key, p.value_dim, w.value, w.zeros, w.rows, w.value_rows);
   lay_values(w, t, p.value_dim);
-  const int64_t next = min_of(TILE, w.keys.count - t.first - t.count);
-  prefetch<T>(p.key, p.key_strides, u, t.at + t.count, next, p.dim);
-  prefetch<T>(p.value, p.value_strides, u, t.at + t.count, next, p.value_dim);
   const bool plain = p.softcap == 0 && !p.bias;
   const float scale = (float)(plain ? p.scale * (double)LOG2E : p.scale);
   for (int64_t panel = 0; panel < panels; panel++) {

@@ -161,9 +161,6 @@ static void attend(const Attention &p, const Unit &u, const Tile &t, int64_t par
     w.key_sums[k] = sums + t.at[k] * (key_lanes + value_lanes);
     w.value_sums[k] = w.key_sums[k] + key_lanes;
   }
-  const int64_t next = min_of(TILE, w.keys.count - t.first - t.count);
-  prefetch<T>(p.key, p.key_strides, u, t.at + t.count, next, p.dim);
-  prefetch<T>(p.value, p.value_strides, u, t.at + t.count, next, p.value_dim);
   const bool plain = p.softcap == 0 && !p.bias;
   const float scale = (float)(plain ? p.scale * (double)LOG2E : p.scale);
   for (int64_t panel = 0; panel < panels; panel++) {

@@ -53,7 +53,6 @@ INLINE void sum_strip(T *out, const V *weights, const int32_t *rows, int64_t cou
 template <typename T>
 void gather_sum(const T *values, const int32_t *indices, const T *table, T *out, int64_t n, int64_t k, int64_t size,
                 int64_t d, int64_t threads) {
-  advise_huge(out, n * d * sizeof(T));
   int64_t block = columns_resident(size, d, sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
@@ -146,8 +145,7 @@ struct ByAtom {
     for (int j = 0; j < AHEAD; j++) token[n * k + j] = 0;
   }
 
-  // First atom of one of `parts` consecutive ranges with about as many entries and atoms each. Ranges, not turns:
-  // two threads that touch one fresh huge page would both clear it.
+  // First atom of one of `parts` consecutive ranges with about as many entries and atoms each.
   int64_t part(int64_t part, int64_t parts, int64_t size) const {
     int64_t low = 0, high = size, wanted = (first[size] + size) / parts * part;
     if (part == parts) return size;
@@ -165,7 +163,6 @@ struct ByAtom {
 template <typename T>
 void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, int64_t n, int64_t k, int64_t size,
                    int64_t d, int64_t threads) {
-  advise_huge(out, size * d * sizeof(T));
   ByAtom<T> by(values, indices, n, k, size);
   int64_t block = columns_resident(n, d, sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -226,7 +223,6 @@ INLINE void backward_strip(T *out, const T *atom, const float *weights, const in
 template <typename T>
 void gather_sum_backward(const T *values, const int32_t *indices, const T *table, const T *grad, T *d_values,
                          T *d_table, int64_t n, int64_t k, int64_t size, int64_t d, int64_t threads) {
-  advise_huge(d_table, size * d * sizeof(T));
   ByAtom<T> by(values, indices, n, k, size);
   int64_t most = 0;
   for (int64_t a = 0; a < size; a++) most = max_of(most, by.first[a + 1] - by.first[a]);

@@ -221,8 +221,6 @@ INLINE int64_t take(T *values, int32_t *indices, int64_t count, int64_t capacity
 template <typename T>
 void threshold_select(const T *x, const float *thresholds, T *values, int32_t *indices, int32_t *counts,
                       float deviations, int64_t rows, int64_t n, int64_t capacity, bool by_abs, int64_t threads) {
-  advise_huge(values, rows * capacity * sizeof(T));
-  advise_huge(indices, rows * capacity * sizeof(int32_t));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *at = x + row * n;

@@ -29,7 +29,6 @@ void copy_panel(float *panel, const T *x, int64_t channels, int64_t stride, int6
 template <typename T>
 void spmm(const float *values, const int32_t *columns, const int32_t *offsets, const T *x, const T *bias, T *out,
           int64_t batch, int64_t rows, int64_t size, int64_t pixels, int64_t threads) {
-  advise_huge(out, batch * rows * pixels * sizeof(T));
   int64_t panels = ceil_div(pixels, PANEL);
 #pragma omp parallel num_threads(threads)
   {
