@@ -2,12 +2,16 @@
 // read in blocks of columns that stay in the last cache, since each of them is named by many codes.
 #include "../simd.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 constexpr int WIDE = 16;                       // vectors of a strip: its sums stay in registers
 constexpr int64_t STRIP = WIDE * LANES;        // columns of a strip
 constexpr int64_t RESIDENT = 24 << 20;         // bytes of a table that shall stay in the last cache
-constexpr int AHEAD = 4;                       // rows fetched ahead
+constexpr int AHEAD = 8;                       // rows fetched ahead
 
 // Columns of a block of a table with `rows` rows: whole strips.
 INLINE int64_t columns_resident(int64_t rows, int64_t d, int64_t size) {
@@ -15,21 +19,37 @@ INLINE int64_t columns_resident(int64_t rows, int64_t d, int64_t size) {
   return max_of(1, min_of(strips * STRIP, d));
 }
 
+// Take the pages of fresh memory from the system at once: one by one, as they are written, costs more than the sums do.
+INLINE void populate(void *at, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  const int64_t page = 4096, from = ((int64_t)at + page - 1) / page * page, to = ((int64_t)at + bytes) / page * page;
+  if (to - from >= 1 << 20) madvise((void *)from, to - from, MADV_POPULATE_WRITE);  // a kernel without it refuses
+#endif
+}
+
+// Store what is not read again soon: past the caches where the place is aligned.
+INLINE void store_once(float *p, f32x16 v) {
+#if defined(__AVX512F__)
+  if (((uintptr_t)p & 63) == 0) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store(p, v);
+}
+INLINE void store_once(bf16 *p, f32x16 v) { store(p, v); }
+
 template <typename T>
 INLINE void fetch(const T *row, int64_t columns) {
   for (int64_t c = 0; c < columns; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c);
 }
 
 // out[columns] = sum of weights[j] * table[rows[j]][columns], over at most one strip; a weight of 0 is skipped.
-// Of the rows ahead the first strip of a block fetches `fetched` columns, all of the block's; the others then none.
 template <typename T, typename V>
 INLINE void sum_strip(T *out, const V *weights, const int32_t *rows, int64_t count, const T *table, int64_t d,
-                      int64_t columns, int64_t fetched) {
+                      int64_t columns) {
   if (columns == STRIP) {
     f32x16 sums[WIDE] = {};
     for (int64_t j = 0; j < count; j++) {
       float weight = to_float(weights[j]);
-      fetch(table + rows[j + AHEAD] * d, fetched);
+      fetch(table + rows[j + AHEAD] * d, STRIP);
       if (weight == 0) continue;
       const T *row = table + rows[j] * d;
 #pragma GCC unroll 16
@@ -65,8 +85,7 @@ void gather_sum(const T *values, const int32_t *indices, const T *table, T *out,
         memcpy(rows, indices + t * k, k * sizeof(int32_t));
         for (int j = 0; j < AHEAD; j++) rows[k + j] = t + 1 < n ? indices[(t + 1) * k + min_of(j, k - 1)] : rows[k - 1];
         for (int64_t c = start; c < stop; c += STRIP)
-          sum_strip(out + t * d + c, values + t * k, rows, k, table + c, d, min_of(STRIP, stop - c),
-                    c == start ? stop - start : 0);
+          sum_strip(out + t * d + c, values + t * k, rows, k, table + c, d, min_of(STRIP, stop - c));
       }
     }
   }
@@ -98,7 +117,7 @@ void gather_dot(const T *x, const int32_t *indices, const T *table, const T *bia
             const T *row = table + rows[j] * d + c;
             f32x16 a = {}, b = {};
             if (columns == STRIP) {
-              if (c == start) fetch(table + rows[min_of(j + AHEAD, left - 1)] * d + c, stop - start);
+              fetch(table + rows[min_of(j + AHEAD, left - 1)] * d + c, STRIP);
 #pragma GCC unroll 16
               for (int i = 0; i < WIDE; i += 2) {
                 a += held[i] * load(row + i * LANES);
@@ -166,14 +185,17 @@ void scatter_outer(const T *values, const int32_t *indices, const T *x, T *out, 
   ByAtom<T> by(values, indices, n, k, size);
   int64_t block = columns_resident(n, d, sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t part = 0; part < threads; part++)
+  for (int64_t part = 0; part < threads; part++) {
+    int64_t begin = by.part(part, threads, size), end = by.part(part + 1, threads, size);
+    populate(out + begin * d, (end - begin) * d * sizeof(T));
     for (int64_t start = 0; start < d; start += block) {
-      int64_t stop = min_of(start + block, d), end = by.part(part + 1, threads, size);
-      for (int64_t a = by.part(part, threads, size); a < end; a++)
+      int64_t stop = min_of(start + block, d);
+      for (int64_t a = begin; a < end; a++)
         for (int64_t c = start; c < stop; c += STRIP)
           sum_strip(out + a * d + c, by.weight + by.first[a], by.token + by.first[a], by.first[a + 1] - by.first[a],
-                    x + c, d, min_of(STRIP, stop - c), c == start ? stop - start : 0);
+                    x + c, d, min_of(STRIP, stop - c));
     }
+  }
 }
 
 // Both gradients of gather_sum, atom by atom: a row of `grad` that is read for the atom's gradient is also multiplied
@@ -205,7 +227,7 @@ INLINE void backward_strip(T *out, const T *atom, const float *weights, const in
       dots[j] = a + b;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < HALF; i++) store(out + i * LANES, sums[i]);
+    for (int i = 0; i < HALF; i++) store_once(out + i * LANES, sums[i]);
     return;
   }
   for (int64_t c = 0; c < columns; c += LANES) {
@@ -230,8 +252,9 @@ void gather_sum_backward(const T *values, const int32_t *indices, const T *table
   for (int64_t part = 0; part < threads; part++) {
     Scratch products(most * sizeof(f32x16));
     f32x16 *dots = (f32x16 *)products.at;
-    int64_t end = by.part(part + 1, threads, size);
-    for (int64_t a = by.part(part, threads, size); a < end; a++) {
+    int64_t begin = by.part(part, threads, size), end = by.part(part + 1, threads, size);
+    populate(d_table + begin * d, (end - begin) * d * sizeof(T));
+    for (int64_t a = begin; a < end; a++) {
       int64_t from = by.first[a], count = by.first[a + 1] - from;
       memset(dots, 0, count * sizeof(f32x16));
       for (int64_t j = 0; j < AHEAD; j++)  // of the next atom
