@@ -23,6 +23,10 @@ def test_every_benchmark_is_there(name):
 
 
 SMALL = {
+    "activations": {
+        "SIZES": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8},
+        "VOCABULARY": 50,
+    },
     "attention": {"SHAPE": {"batch": 1, "heads": 2, "tokens": 512, "dim": 16}},
     "decode": {"SHAPE": {"heads": 4, "group_heads": 2, "keys": 1024, "dim": 16}},
     "linear": {"IN": 64, "OUT": 48},
@@ -61,6 +65,13 @@ def test_the_rows_have_their_names_and_times(small, name):
         assert row.seconds > 0
         assert row.baseline_seconds > 0
         assert 0 < row.limit_ratio < row.baseline_seconds  # a second for each of many operations or bytes
+
+
+def test_a_model_with_sparse_activations_is_timed(small):
+    (row,) = run_bench("activations")
+    assert row.bench == "activations.teal50.decode"
+    assert row.ratio > 0
+    assert row.limit_ratio == 1  # layers so small multiply their zeros
 
 
 def test_a_tenth_of_the_blocks_is_a_tenth():

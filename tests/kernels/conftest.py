@@ -41,3 +41,11 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native_twin(monkeypatch):
+    """Force native code in the best instruction set; skip where it was not built."""
+    if native.library() is None:
+        pytest.skip("the native library was not built")
+    monkeypatch.setenv("PAUCITY_KERNELS", "native")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BENCHES: dict[str, str] = {
+    "activations": "decoding of a wide model with sparse activations, thresholds included, against the dense model",
     "attention": "sparse attention over given patterns, prefill, training and decoding, against SDPA and FlexAttention",
     "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",

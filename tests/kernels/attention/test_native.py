@@ -13,6 +13,8 @@ from paucity.kernels.attention.problem import Problem
 from paucity.ops.formats.block import BlockMask
 from paucity.ops.formats.stripes import KeyLists, Window
 
+pytestmark = pytest.mark.usefixtures("native_twin")
+
 SETS = ("plain", "avx2", "avx512", "avx512bf16")
 SHAPES = [  # batch, heads, key-value heads, queries, keys, dim, dim of the values
     (2, 4, 2, 63, 63, 8, 8),

@@ -146,6 +146,7 @@ def test_gradients_of_gradients(monkeypatch):
         assert torch.autograd.gradgradcheck(function, args)
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(threads, dtype):
     values, indices, table, bias, x = inputs(40, 5, 33, 300, dtype)

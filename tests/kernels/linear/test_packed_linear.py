@@ -120,6 +120,7 @@ def test_int64_offsets(twin):
     assert torch.equal(packed_linear(x, wide), packed_linear(x, packed))
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("pack", [nm(2, 4), bitmask(0.5), blocks(1, 16), blocks(4, 32)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_do_not_change_a_bit(pack, dtype):

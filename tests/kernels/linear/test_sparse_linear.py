@@ -142,6 +142,7 @@ def test_strided_inputs(twin):
     assert masked_input_linear(x[:0], wide, mask[:0]).shape == (0, 3, 30)
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_do_not_change_a_bit(tokens, dtype, monkeypatch):

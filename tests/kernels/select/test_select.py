@@ -179,6 +179,7 @@ def test_operators_check_and_compile(twin, name):
     assert flops(lambda: function(x, 5)) == 0
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_change_a_bit(threads, dtype):
     x = rows_of("normal", 7, 5000, dtype)

@@ -156,6 +156,7 @@ def test_gradients_of_gradients(monkeypatch):
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(threads, dtype):
     x, weight, bias = inputs(3, 9, 20, 10, 33, dtype)
