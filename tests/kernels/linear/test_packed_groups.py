@@ -12,7 +12,8 @@ from paucity.kernels.linear import packed_linear, packed_op
 from paucity.measure.flops import flops
 from paucity.ops.formats import PackedGroups
 
-TOLERANCE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 6e-2, "rtol": 1e-2}}
+# Results are about 20. The unpacked weights are rounded to bfloat16; those of a kernel need not be.
+TOLERANCE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.12, "rtol": 1e-2}}
 CASES = [(16, 1008, 7), (16, 16, 1), (2, 62, 5), (6, 66, 4), (32, 160, 9), (48, 144, 3), (22, 88, 6), (16, 688, 5)]
 
 

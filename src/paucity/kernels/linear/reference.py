@@ -136,6 +136,8 @@ def packed_groups(
 ) -> Tensor:
     """The product with a weight of groups in 4 bits, each weight rounded to the dtype of ``x``.
 
+    A twin may leave that rounding out, which makes its result more exact.
+
     Args:
         x: ``[T, in]``.
         codes: uint8 ``[num_groups, group_size / 2]``; this and the next four as in `PackedGroups`.
