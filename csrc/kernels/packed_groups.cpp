@@ -1,89 +1,8 @@
-// Linears of up to 16 tokens with packed weights of whole blocks: dense ones, or groups along a row in 4 bits. Each
-// output is summed in one order, whatever the number of threads.
-#include "simd.h"
+// Linears of up to 16 tokens with packed weights of groups along a row, in 4 bits. Each output is summed in one order,
+// whatever the number of threads.
+#include "slices.h"
 
 namespace {
-
-// A slice: 16 consecutive weights of a row, and what multiplies them. X is the type of x in scratch.
-template <typename E>
-struct Slice;
-
-template <>
-struct Slice<float> {
-  typedef float X;
-  typedef f32x16 W, Sum;
-  INLINE W of(const float *p) { return load(p); }
-  INLINE W of(f32x16 w) { return w; }
-  INLINE Sum fma(Sum sum, W w, const X *x) { return sum + w * load(x); }
-  INLINE float total(Sum sum) { return hsum(sum); }
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
-template <>
-struct Slice<bf16> {
-  typedef bf16 X;
-  typedef __m256i W;
-  typedef __m256 Sum;
-  INLINE W of(const bf16 *p) { return _mm256_loadu_si256((const __m256i *)p); }
-  INLINE W of(f32x16 w) { return (W)to_bf16(w); }
-  INLINE Sum fma(Sum sum, W w, const X *x) {
-    return _mm256_dpbf16_ps(sum, (__m256bh)w, (__m256bh)_mm256_loadu_si256((const __m256i *)x));
-  }
-  INLINE float total(Sum sum) { return hsum((f32x16)_mm512_zextps256_ps512(sum)); }
-};
-#else
-template <>
-struct Slice<bf16> {
-  typedef float X;
-  typedef f32x16 W, Sum;
-  INLINE W of(const bf16 *p) { return load(p); }
-  INLINE W of(f32x16 w) { return (f32x16)(__builtin_convertvector(to_bf16(w), u32x16) << 16); }
-  INLINE Sum fma(Sum sum, W w, const X *x) { return sum + w * load(x); }
-  INLINE float total(Sum sum) { return hsum(sum); }
-};
-#endif
-
-INLINE void assign(float *to, float x) { *to = x; }
-INLINE void assign(float *to, bf16 x) { *to = to_float(x); }
-INLINE void assign(bf16 *to, bf16 x) { *to = x; }
-
-// x [tokens, cols] as [slices][room][16], 0 past the tokens and the columns: the tokens of a slice lie together.
-template <typename E>
-void lay_slices(typename Slice<E>::X *to, const E *x, int64_t tokens, int64_t room, int64_t cols) {
-  memset(to, 0, ceil_div(cols, LANES) * room * LANES * sizeof *to);
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t c = 0; c < cols; c++) assign(to + (c / LANES * room + t) * LANES + c % LANES, x[t * cols + c]);
-}
-
-// Where the blocks of a row of blocks start, and the block column of each.
-struct Columns {
-  const int16_t *narrow;
-  const int32_t *wide;
-  __attribute__((always_inline)) int64_t at(int64_t b) const { return wide ? wide[b] : narrow[b]; }
-};
-
-INLINE Columns columns_of(const void *columns, int64_t wide) {
-  return wide ? Columns{nullptr, (const int32_t *)columns} : Columns{(const int16_t *)columns, nullptr};
-}
-
-// Whether the blocks from `from` to `to` exist and lie within the weight.
-INLINE bool within(Columns columns, int64_t from, int64_t to, int64_t num_blocks, int64_t block_cols) {
-  if (from < 0 || to < from || to > num_blocks) return false;
-  bool right = true;
-  for (int64_t b = from; b < to; b++) right &= (uint64_t)columns.at(b) < (uint64_t)block_cols;
-  return right;
-}
-
-// Blocks [br, bc], bc a multiple of 16.
-template <typename E>
-struct Dense {
-  typedef Slice<E> S;
-  const E *values;
-  int64_t br, bc;
-  __attribute__((always_inline)) typename S::W at(int64_t b, int64_t row, int64_t slice) const {
-    return S::of(values + (b * br + row) * bc + slice * LANES);
-  }
-};
 
 // The 16 numbers of 4 bits in 8 bytes, the low half of a byte first.
 INLINE f32x16 nibbles(const uint8_t *p) {
@@ -112,190 +31,6 @@ struct Groups {
     return S::of((q - (float)zeros[b]) * to_float(scales[b]));
   }
 };
-
-// sums[r * room + t] += rows `row` to `row + N` of a row of blocks by T tokens, over the blocks `from` to `to`. Few
-// products at a time are summed in several chains, to hide the latency of the additions.
-template <int N, int T, typename Blocks>
-INLINE void tile(typename Blocks::S::Sum *sums, Blocks blocks, Columns columns, int64_t row, int64_t from, int64_t to,
-                 int64_t slices, const typename Blocks::S::X *x, int64_t room) {
-  typedef typename Blocks::S S;
-  constexpr int CHAINS = N * T <= 2 ? 4 : N * T <= 4 ? 2 : 1;
-  typename S::Sum here[CHAINS][N][T] = {};
-  for (int r = 0; r < N; r++)
-    for (int t = 0; t < T; t++) here[0][r][t] = sums[r * room + t];
-  auto add = [&](int chain, int64_t b) __attribute__((always_inline)) {
-    const typename S::X *at = x + columns.at(b) * slices * room * LANES;
-    for (int64_t s = 0; s < slices; s++, at += room * LANES) {
-      typename S::W w[N];
-      for (int r = 0; r < N; r++) w[r] = blocks.at(b, row + r, s);
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < N; r++) here[chain][r][t] = S::fma(here[chain][r][t], w[r], at + t * LANES);
-    }
-  };
-  int64_t b = from;
-  for (; b + CHAINS <= to; b += CHAINS)
-    for (int chain = 0; chain < CHAINS; chain++) add(chain, b + chain);
-  for (; b < to; b++) add(0, b);
-  for (int r = 0; r < N; r++)
-    for (int t = 0; t < T; t++) {
-      for (int chain = 1; chain < CHAINS; chain++) here[0][r][t] += here[chain][r][t];
-      sums[r * room + t] = here[0][r][t];
-    }
-}
-
-// Blocks of slices: four rows meet four tokens at a time; of fewer rows, each meets ROOM tokens at once. Blocks that fit
-// a level-1 cache are read for all of their rows before the next ones.
-template <int ROOM, typename E, typename Blocks>
-bool slices_linear(const E *x, Blocks blocks, Columns columns, int64_t num_blocks, const int32_t *offsets,
-                   const E *bias, E *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
-                   int64_t threads) {
-  typedef typename Blocks::S S;
-  typedef typename S::Sum Sum;
-  int64_t rows = block_rows * br, slices = bc / LANES, step = max_of(1, 16384 / (br * bc * (int64_t)sizeof(E)));
-  if (br == 1) step = num_blocks + 1;
-  Scratch x_at(ROOM * cols * sizeof(typename S::X));
-  typename S::X *xs = (typename S::X *)x_at.at;
-  lay_slices<E>(xs, x, tokens, ROOM, cols);
-  bool fits = true;
-#pragma omp parallel num_threads(threads) reduction(&& : fits)
-  {
-    Scratch sums_at(br * ROOM * sizeof(Sum));
-    Sum *sums = (Sum *)sums_at.at;
-#pragma omp for schedule(static)
-    for (int64_t block_row = 0; block_row < block_rows; block_row++) {
-      int64_t from = offsets[block_row], last = offsets[block_row + 1];
-      if (!within(columns, from, last, num_blocks, cols / bc)) {
-        fits = false;
-        continue;
-      }
-      memset((void *)sums, 0, br * ROOM * sizeof(Sum));
-      for (int64_t to; from < last; from = to) {
-        int64_t row = 0;
-        to = min_of(from + step, last);
-        if (ROOM >= 4)
-          for (; row + 4 <= br; row += 4)
-            for (int64_t t = 0; t < tokens; t += 4)
-              tile<4, 4>(sums + row * ROOM + t, blocks, columns, row, from, to, slices, xs + t * LANES, ROOM);
-        for (; row < br; row++) tile<1, ROOM>(sums + row * ROOM, blocks, columns, row, from, to, slices, xs, ROOM);
-      }
-      for (int64_t r = 0; r < br; r++) {
-        float b = bias ? to_float(bias[block_row * br + r]) : 0;
-        for (int64_t t = 0; t < tokens; t++)
-          from_float(y + t * rows + block_row * br + r, S::total(sums[r * ROOM + t]) + b);
-      }
-    }
-  }
-  return fits;
-}
-
-// sums[t] += the products of one row of a block, n long, with T tokens.
-template <int T, typename E>
-INLINE void block_row(f32x16 *sums, const E *w, const float *x, int64_t pitch, int64_t n) {
-  int64_t c = 0;
-  for (; c + LANES <= n; c += LANES) {
-    f32x16 part = load(w + c);
-    for (int t = 0; t < T; t++) sums[t] += part * load(x + t * pitch + c);
-  }
-  if (c < n) {
-    f32x16 part = load_n(w + c, n - c);
-    for (int t = 0; t < T; t++) sums[t] += part * load_n(x + t * pitch + c, n - c);
-  }
-}
-
-// A row of blocks with one row each, in registers; several sums a token hide the latency of the additions. The block
-// columns are in range.
-template <int T, typename E>
-INLINE void flat_blocks(f32x16 *sums, const E *values, const int32_t *columns, int64_t count, const float *x,
-                        int64_t pitch, int64_t bc) {
-  constexpr int CHAINS = T <= 2 ? 4 : T <= 4 ? 2 : 1;
-  f32x16 parts[CHAINS][T] = {};
-  int64_t b = 0;
-  if (bc == LANES)
-    for (; b + CHAINS <= count; b += CHAINS)
-      for (int chain = 0; chain < CHAINS; chain++)
-        block_row<T>(parts[chain], values + (b + chain) * LANES, x + columns[b + chain] * LANES, pitch, LANES);
-  for (; b < count; b++) block_row<T>(parts[0], values + b * bc, x + columns[b] * bc, pitch, bc);
-  for (int t = 0; t < T; t++) {
-    sums[t] = parts[0][t];
-    for (int chain = 1; chain < CHAINS; chain++) sums[t] += parts[chain][t];
-  }
-}
-
-// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks of several rows.
-template <int T, typename E>
-bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
-                   const E *bias, E *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
-                   int64_t threads) {
-  int64_t rows = block_rows * br, block_cols = cols / bc;
-  Scratch x_at((T * cols + LANES) * sizeof(float));
-  float *xs = (float *)x_at.at;
-  memset(xs, 0, T * cols * sizeof(float));
-  for (int64_t i = 0; i < tokens * cols; i++) xs[i] = to_float(x[i]);
-  bool fits = true;
-#pragma omp parallel num_threads(threads) reduction(&& : fits)
-  {
-    Scratch sums_at(br * T * sizeof(f32x16));
-    f32x16 *sums = (f32x16 *)sums_at.at;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < block_rows; row++) {
-      memset((void *)sums, 0, br * T * sizeof(f32x16));
-      int64_t from = offsets[row], to = offsets[row + 1];
-      if (from < 0 || to < from || to > num_blocks) {
-        fits = false;
-        continue;
-      }
-      bool right = true;
-      for (int64_t b = from; b < to; b++) right &= (uint32_t)columns[b] < (uint64_t)block_cols;
-      if (!right) {
-        fits = false;
-        continue;
-      }
-      const E *w = values + from * br * bc;
-      if (br == 1)
-        flat_blocks<T>(sums, w, columns + from, to - from, xs, cols, bc);
-      else
-        for (int64_t b = from; b < to; b++)
-          for (int64_t i = 0; i < br; i++, w += bc) {
-            f32x16 here[T];
-            for (int t = 0; t < T; t++) here[t] = sums[i * T + t];
-            block_row<T>(here, w, xs + columns[b] * bc, cols, bc);
-            for (int t = 0; t < T; t++) sums[i * T + t] = here[t];
-          }
-      for (int64_t i = 0; i < br; i++)
-        for (int64_t t = 0; t < tokens; t++) {
-          float b = bias ? to_float(bias[row * br + i]) : 0;
-          from_float(y + t * rows + row * br + i, hsum(sums[i * T + t]) + b);
-        }
-    }
-  }
-  return fits;
-}
-
-template <typename E>
-bool blocks_linear_for(const void *x, const void *values, const int32_t *columns, int64_t num_blocks,
-                       const int32_t *offsets, const void *bias, void *y, int64_t tokens, int64_t block_rows,
-                       int64_t cols, int64_t br, int64_t bc, int64_t threads) {
-  auto run = tokens <= 1   ? blocks_linear<1, E>
-             : tokens <= 2 ? blocks_linear<2, E>
-             : tokens <= 4 ? blocks_linear<4, E>
-             : tokens <= 8 ? blocks_linear<8, E>
-                           : blocks_linear<16, E>;
-  return run((const E *)x, (const E *)values, columns, num_blocks, offsets, (const E *)bias, (E *)y, tokens, block_rows,
-             cols, br, bc, threads);
-}
-
-template <typename E>
-bool block_slices(const void *x, const void *values, Columns columns, int64_t num_blocks, const int32_t *offsets,
-                  const void *bias, void *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
-                  int64_t threads) {
-  typedef Dense<E> B;
-  auto run = tokens <= 4    ? slices_linear<4, E, B>
-             : tokens <= 8  ? slices_linear<8, E, B>
-             : tokens <= 12 ? slices_linear<12, E, B>
-                            : slices_linear<16, E, B>;
-  return run((const E *)x, B{(const E *)values, br, bc}, columns, num_blocks, offsets, (const E *)bias, (E *)y, tokens,
-             block_rows, cols, br, bc, threads);
-}
 
 // One row of one group, any even size, as floats.
 template <typename E>
@@ -375,7 +110,8 @@ bool group_pairs(const bf16 *x, Groups<bf16> groups, Columns columns, int64_t nu
         __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(half(tables[groups.zeros[g] & 15])),
                                            half(tables[groups.zeros[h] & 15]), 1);
         __m512bh w = (__m512bh)_mm512_permutexvar_epi16(q, table);
-        f32x16 scale = (f32x16)_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32((int)i)), (__m512)scales);
+        __m512i which = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+        f32x16 scale = (f32x16)_mm512_permutexvar_ps(which, (__m512)scales);
         const bf16 *a = xs + columns.at(g) * T * LANES, *b = xs + columns.at(h) * T * LANES;
         for (int t = 0; t < T; t++) {
           __m512i in = _mm512_zextsi256_si512(half(a + t * LANES));
@@ -400,7 +136,10 @@ bool group_pairs(const bf16 *x, Groups<bf16> groups, Columns columns, int64_t nu
 
 INLINE bool few_tokens(const bf16 *x, Groups<bf16> groups, Columns columns, int64_t num_groups, const int32_t *offsets,
                        const bf16 *bias, bf16 *y, int64_t tokens, int64_t rows, int64_t cols, int64_t threads) {
-  auto run = tokens <= 1 ? group_pairs<1> : tokens <= 2 ? group_pairs<2> : tokens <= 4 ? group_pairs<4> : group_pairs<8>;
+  auto run = tokens <= 1   ? group_pairs<1>
+             : tokens <= 2 ? group_pairs<2>
+             : tokens <= 4 ? group_pairs<4>
+                           : group_pairs<8>;
   return run(x, groups, columns, num_groups, offsets, bias, y, tokens, rows, cols, threads);
 }
 #endif
@@ -441,7 +180,8 @@ bool unpack_groups(Groups<E> groups, Columns columns, int64_t num_groups, const 
       E *at = here + columns.at(g) * size;
       float zero = groups.zeros[g], scale = to_float(groups.scales[g]);
       int64_t i = 0;
-      for (; i + LANES <= size; i += LANES) store(at + i, (nibbles(groups.codes + (g * size + i) / 2) - zero) * scale);
+      for (; i + LANES <= size; i += LANES)
+        store(at + i, (nibbles(groups.codes + (g * size + i) / 2) - zero) * scale);
       for (; i < size; i++)
         from_float(at + i, ((float)(groups.codes[(g * size + i) / 2] >> i % 2 * 4 & 15) - zero) * scale);
     }
@@ -451,49 +191,8 @@ bool unpack_groups(Groups<E> groups, Columns columns, int64_t num_groups, const 
 
 }  // namespace
 
-// Returns 1 where a block column or a row's offsets are out of range.
-PAUCITY_KERNEL(packed_blocks)
-(const void *x, const void *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
- const void *bias, void *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc, int64_t dtype,
- int64_t threads) {
-  if (bc % LANES == 0 && tokens > 2) {
-    auto run = dtype == BF16 ? block_slices<bf16> : block_slices<float>;
-    Columns at = columns_of(columns, true);
-    return !run(x, values, at, num_blocks, offsets, bias, y, tokens, block_rows, cols, br, bc, threads);
-  }
-  auto run = dtype == BF16 ? blocks_linear_for<bf16> : blocks_linear_for<float>;
-  return !run(x, values, columns, num_blocks, offsets, bias, y, tokens, block_rows, cols, br, bc, threads);
-}
-
-// Block rows [first, last), dense; returns as packed_blocks. An entry has `size` bytes.
-PAUCITY_KERNEL(unpack_block_rows)
-(const char *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets, char *out, int64_t cols,
- int64_t br, int64_t bc, int64_t first, int64_t last, int64_t size, int64_t threads) {
-  bool fits = true;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : fits)
-  for (int64_t row = first; row < last; row++) {
-    char *here = out + (row - first) * br * cols * size;
-    memset(here, 0, br * cols * size);
-    int64_t from = offsets[row], to = offsets[row + 1];
-    if (from < 0 || to < from || to > num_blocks) {
-      fits = false;
-      continue;
-    }
-    for (int64_t b = from; b < to; b++) {
-      int64_t col = (int64_t)columns[b] * bc;
-      if (col < 0 || col + bc > cols) {
-        fits = false;
-        continue;
-      }
-      for (int64_t i = 0; i < br; i++)
-        memcpy(here + (i * cols + col) * size, values + (b * br + i) * bc * size, bc * size);
-    }
-  }
-  return !fits;
-}
-
-// Weights (q - zero) * scale in groups along a row, q in 4 bits. Returns 1 where a group's column or a row's offsets are
-// out of range.
+// Weights (q - zero) * scale in groups along a row, q in 4 bits. Returns 1 where a group's column or a row's offsets
+// are out of range.
 PAUCITY_KERNEL(packed_groups)
 (const void *x, const uint8_t *codes, const void *scales, const uint8_t *zeros, const void *columns,
  int64_t wide_columns, int64_t num_groups, const int32_t *offsets, const void *bias, void *y, int64_t tokens,

@@ -1,6 +1,6 @@
 """The C++ twin of the sparse and packed linears; see `reference`.
 
-In ``csrc/kernels``: ``linear.cpp``, ``packed.cpp`` and ``packed_groups.cpp``.
+In ``csrc/kernels``: ``linear.cpp``, ``packed.cpp``, ``packed_blocks.cpp`` and ``packed_groups.cpp``.
 """
 
 import torch
