@@ -1,5 +1,5 @@
-// Linears of up to 16 tokens with packed weights, unpacked in registers: one bit per entry (N:M and bitmask alike), or
-// dense blocks in rows. Each output is summed in one order, whatever the number of threads.
+// Linears of up to 16 tokens with packed weights, unpacked in registers: one bit per entry (N:M and bitmask alike).
+// Each output is summed in one order, whatever the number of threads.
 #include "simd.h"
 
 namespace {
@@ -178,20 +178,42 @@ bool bits_linear(const E *x, const E *values, int64_t total, const uint8_t *bits
   return fits;
 }
 
-// The same for more tokens: four rows are unpacked a stretch at a time and meet four tokens at a time, so that what is
-// loaded is used four times. `sums` of the tokens stay in a level-1 cache between stretches.
+// sums[r][t] += the products of eight unpacked rows with I tokens over `some` units, four rows at a time in registers.
+template <int I, typename U>
+INLINE void rows_by_tokens(f32x16 (*sums)[16], const typename U::W (*dense)[16], const typename U::X *x, int64_t t,
+                           int64_t some) {
+  for (int half = 0; half < 8; half += 4) {
+    f32x16 here[4][I];
+    for (int r = 0; r < 4; r++)
+      for (int i = 0; i < I; i++) here[r][i] = sums[half + r][t + i];
+    const typename U::X *from = x;
+    for (int64_t u = 0; u < some; u++, from += 4 * U::WIDTH)
+      for (int i = 0; i < I; i++)
+        for (int r = 0; r < 4; r++) here[r][i] = U::fma(here[r][i], dense[half + r][u], from + i * U::WIDTH);
+    for (int r = 0; r < 4; r++)
+      for (int i = 0; i < I; i++) sums[half + r][t + i] = here[r][i];
+  }
+}
+
+// The same for more tokens: eight rows are unpacked a stretch at a time and meet four tokens at a time, so that what is
+// loaded is used four times. `sums` of the tokens stay in a level-1 cache between stretches. x in scratch is
+// [fours of tokens][units][4][WIDTH], which is read from front to back.
 template <typename E>
 bool bits_many(const E *x, const E *values, int64_t total, const uint8_t *bits, Rows starts, const E *bias, E *y,
                int64_t tokens, int64_t rows, int64_t cols, int64_t threads) {
   typedef Unit<E> U;
   typedef typename U::X X;
-  constexpr int WIDTH = U::WIDTH, STRETCH = 16, N = 4, MOST = 16;
-  int64_t units = ceil_div(cols, WIDTH), pitch = units * WIDTH, bit_pitch = ceil_div(cols, 8);
-  Scratch x_at(MOST * pitch * sizeof(X));
+  constexpr int WIDTH = U::WIDTH, STRETCH = 16, N = 8, MOST = 16;
+  int64_t units = ceil_div(cols, WIDTH), bit_pitch = ceil_div(cols, 8);
+  Scratch x_at(MOST * units * WIDTH * sizeof(X));
   X *xs = (X *)x_at.at;
-  memset(xs, 0, MOST * pitch * sizeof(X));
+  memset(xs, 0, MOST * units * WIDTH * sizeof(X));
   for (int64_t t = 0; t < tokens; t++)
-    for (int64_t c = 0; c < cols; c++) assign(xs + t * pitch + c, x[t * cols + c]);
+    for (int64_t u = 0; u < units; u++) {
+      X *to = xs + ((t / 4 * units + u) * 4 + t % 4) * WIDTH;
+      const E *from = x + t * cols + u * WIDTH;
+      for (int64_t c = 0; c < min_of(WIDTH, cols - u * WIDTH); c++) assign(to + c, from[c]);
+    }
   bool fits = true;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : fits)
   for (int64_t group = 0; group < ceil_div(rows, N); group++) {
@@ -219,15 +241,13 @@ bool bits_many(const E *x, const E *values, int64_t total, const uint8_t *bits, 
           at[r] += __builtin_popcount(mask);
         }
       for (int64_t t = 0; t < tokens; t += 4) {
-        f32x16 here[N][4];
-        for (int r = 0; r < N; r++)
-          for (int i = 0; i < 4; i++) here[r][i] = sums[r][t + i];
-        const X *from = xs + t * pitch + first * WIDTH;
-        for (int64_t u = 0; u < some; u++, from += WIDTH)
-          for (int i = 0; i < 4; i++)
-            for (int r = 0; r < N; r++) here[r][i] = U::fma(here[r][i], dense[r][u], from + i * pitch);
-        for (int r = 0; r < N; r++)
-          for (int i = 0; i < 4; i++) sums[r][t + i] = here[r][i];
+        const X *from = xs + (t / 4 * units + first) * 4 * WIDTH;
+        switch (tokens - t) {
+          case 1: rows_by_tokens<1, U>(sums, dense, from, t, some); break;
+          case 2: rows_by_tokens<2, U>(sums, dense, from, t, some); break;
+          case 3: rows_by_tokens<3, U>(sums, dense, from, t, some); break;
+          default: rows_by_tokens<4, U>(sums, dense, from, t, some);
+        }
       }
     }
     for (int64_t r = 0; r < n; r++) {
@@ -274,102 +294,6 @@ bool unpack_bits(const E *values, int64_t total, const uint8_t *bits, Rows start
   return fits;
 }
 
-// sums[t] += the products of one row of a block, n long, with T tokens.
-template <int T, typename E>
-INLINE void block_row(f32x16 *sums, const E *w, const float *x, int64_t pitch, int64_t n) {
-  int64_t c = 0;
-  for (; c + LANES <= n; c += LANES) {
-    f32x16 part = load(w + c);
-    for (int t = 0; t < T; t++) sums[t] += part * load(x + t * pitch + c);
-  }
-  if (c < n) {
-    f32x16 part = load_n(w + c, n - c);
-    for (int t = 0; t < T; t++) sums[t] += part * load_n(x + t * pitch + c, n - c);
-  }
-}
-
-// A row of blocks with one row each, in registers; several sums a token hide the latency of the additions. The block
-// columns are in range.
-template <int T, typename E>
-INLINE void flat_blocks(f32x16 *sums, const E *values, const int32_t *columns, int64_t count, const float *x,
-                        int64_t pitch, int64_t bc) {
-  constexpr int CHAINS = T <= 2 ? 4 : T <= 4 ? 2 : 1;
-  f32x16 parts[CHAINS][T] = {};
-  int64_t b = 0;
-  if (bc == LANES)
-    for (; b + CHAINS <= count; b += CHAINS)
-      for (int chain = 0; chain < CHAINS; chain++)
-        block_row<T>(parts[chain], values + (b + chain) * LANES, x + columns[b + chain] * LANES, pitch, LANES);
-  for (; b < count; b++) block_row<T>(parts[0], values + b * bc, x + columns[b] * bc, pitch, bc);
-  for (int t = 0; t < T; t++) {
-    sums[t] = parts[0][t];
-    for (int chain = 1; chain < CHAINS; chain++) sums[t] += parts[chain][t];
-  }
-}
-
-// Block rows: sums[i][t] over the blocks of a row, in memory (level 1) between blocks of several rows.
-template <int T, typename E>
-bool blocks_linear(const E *x, const E *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
-                   const E *bias, E *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc,
-                   int64_t threads) {
-  int64_t rows = block_rows * br, block_cols = cols / bc;
-  Scratch x_at((T * cols + LANES) * sizeof(float));
-  float *xs = (float *)x_at.at;
-  memset(xs, 0, T * cols * sizeof(float));
-  for (int64_t i = 0; i < tokens * cols; i++) xs[i] = to_float(x[i]);
-  bool fits = true;
-#pragma omp parallel num_threads(threads) reduction(&& : fits)
-  {
-    Scratch sums_at(br * T * sizeof(f32x16));
-    f32x16 *sums = (f32x16 *)sums_at.at;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < block_rows; row++) {
-      memset((void *)sums, 0, br * T * sizeof(f32x16));
-      int64_t from = offsets[row], to = offsets[row + 1];
-      if (from < 0 || to < from || to > num_blocks) {
-        fits = false;
-        continue;
-      }
-      bool right = true;
-      for (int64_t b = from; b < to; b++) right &= (uint32_t)columns[b] < (uint64_t)block_cols;
-      if (!right) {
-        fits = false;
-        continue;
-      }
-      const E *w = values + from * br * bc;
-      if (br == 1)
-        flat_blocks<T>(sums, w, columns + from, to - from, xs, cols, bc);
-      else
-        for (int64_t b = from; b < to; b++)
-          for (int64_t i = 0; i < br; i++, w += bc) {
-            f32x16 here[T];
-            for (int t = 0; t < T; t++) here[t] = sums[i * T + t];
-            block_row<T>(here, w, xs + columns[b] * bc, cols, bc);
-            for (int t = 0; t < T; t++) sums[i * T + t] = here[t];
-          }
-      for (int64_t i = 0; i < br; i++)
-        for (int64_t t = 0; t < tokens; t++) {
-          float b = bias ? to_float(bias[row * br + i]) : 0;
-          from_float(y + t * rows + row * br + i, hsum(sums[i * T + t]) + b);
-        }
-    }
-  }
-  return fits;
-}
-
-template <typename E>
-bool blocks_linear_for(const void *x, const void *values, const int32_t *columns, int64_t num_blocks,
-                       const int32_t *offsets, const void *bias, void *y, int64_t tokens, int64_t block_rows,
-                       int64_t cols, int64_t br, int64_t bc, int64_t threads) {
-  auto run = tokens <= 1   ? blocks_linear<1, E>
-             : tokens <= 2 ? blocks_linear<2, E>
-             : tokens <= 4 ? blocks_linear<4, E>
-             : tokens <= 8 ? blocks_linear<8, E>
-                           : blocks_linear<16, E>;
-  return run((const E *)x, (const E *)values, columns, num_blocks, offsets, (const E *)bias, (E *)y, tokens, block_rows,
-             cols, br, bc, threads);
-}
-
 }  // namespace
 
 // Returns 1 where a row has more or fewer bits than values, or its offsets do not ascend within the values.
@@ -389,40 +313,4 @@ PAUCITY_KERNEL(unpack_bit_rows)
   if (dtype == BF16)
     return !unpack_bits((const bf16 *)values, total, bits, starts, (bf16 *)out, cols, first, last, threads);
   return !unpack_bits((const float *)values, total, bits, starts, (float *)out, cols, first, last, threads);
-}
-
-// Returns 1 where a block column or a row's offsets are out of range.
-PAUCITY_KERNEL(packed_blocks)
-(const void *x, const void *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets,
- const void *bias, void *y, int64_t tokens, int64_t block_rows, int64_t cols, int64_t br, int64_t bc, int64_t dtype,
- int64_t threads) {
-  auto run = dtype == BF16 ? blocks_linear_for<bf16> : blocks_linear_for<float>;
-  return !run(x, values, columns, num_blocks, offsets, bias, y, tokens, block_rows, cols, br, bc, threads);
-}
-
-// Block rows [first, last), dense; returns as packed_blocks. An entry has `size` bytes.
-PAUCITY_KERNEL(unpack_block_rows)
-(const char *values, const int32_t *columns, int64_t num_blocks, const int32_t *offsets, char *out, int64_t cols,
- int64_t br, int64_t bc, int64_t first, int64_t last, int64_t size, int64_t threads) {
-  bool fits = true;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : fits)
-  for (int64_t row = first; row < last; row++) {
-    char *here = out + (row - first) * br * cols * size;
-    memset(here, 0, br * cols * size);
-    int64_t from = offsets[row], to = offsets[row + 1];
-    if (from < 0 || to < from || to > num_blocks) {
-      fits = false;
-      continue;
-    }
-    for (int64_t b = from; b < to; b++) {
-      int64_t col = (int64_t)columns[b] * bc;
-      if (col < 0 || col + bc > cols) {
-        fits = false;
-        continue;
-      }
-      for (int64_t i = 0; i < br; i++)
-        memcpy(here + (i * cols + col) * size, values + (b * br + i) * bc * size, bc * size);
-    }
-  }
-  return !fits;
 }

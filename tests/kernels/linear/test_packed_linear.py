@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from paucity.checks import InputError, InputTypeError
+from paucity.kernels import dispatch, native
 from paucity.kernels.linear import packed_linear, packed_op
 from paucity.measure.flops import flops
 from paucity.ops.formats import PackedBitmask, PackedBlocks, PackedNM
@@ -59,6 +60,7 @@ CASES = [  # packing, in, out
     (blocks(4, 16), 64, 20),
     (blocks(3, 7), 63, 12),
     (blocks(8, 33), 99, 16),
+    (blocks(6, 32), 96, 18),
 ]
 ids = [f"{index}" for index in range(len(CASES))]
 
@@ -184,6 +186,24 @@ def test_flops():
     assert flops(lambda: packed_linear(x, packed, bias)) == 2 * 20 * 16 * 6
 
 
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_narrow_blocks_are_unpacked_for_fewer_tokens(monkeypatch):
+    for dtype, most in packed_op.NARROW_TOKENS.items():
+        x, packed, _ = problem(blocks(4, 4), 64, 20, most + 1, dtype)
+        wide = problem(blocks(4, 16), 64, 20, most + 1, dtype)[1]
+        monkeypatch.setenv("PAUCITY_KERNELS", "auto")
+        with dispatch.dense_runs() as reasons:
+            close(packed_linear(x, packed), dense(x, packed))
+            close(packed_linear(x[:most], packed), dense(x[:most], packed))
+            close(packed_linear(x, wide), dense(x, wide))
+        assert dict(reasons) == {f"packed linear ran dense: more than {most} tokens and blocks of 4 columns": 1}
+        assert flops(lambda x=x, packed=packed: packed_linear(x, packed)) == 2 * x.numel() * 20
+        monkeypatch.setenv("PAUCITY_KERNELS", "native")
+        with dispatch.dense_runs() as reasons:
+            close(packed_linear(x, packed), dense(x, packed))
+        assert not reasons
+
+
 def test_parts_that_contradict_each_other(twin):
     if twin.name != "native":
         pytest.skip("the reference and Triton trust what from_tensors has checked; memory is not at stake there")
@@ -212,7 +232,9 @@ def test_parts_that_contradict_each_other(twin):
 
 def test_bad_input():
     x, packed, bias = problem(nm(2, 4), 16, 6, 2)
-    with pytest.raises(InputTypeError, match="weight must be PackedNM, PackedBitmask or PackedBlocks, got Tensor"):
+    with pytest.raises(
+        InputTypeError, match="weight must be PackedNM, PackedBitmask, PackedBlocks or PackedGroups, got Ten"
+    ):
         packed_linear(x, packed.unpack())
     with pytest.raises(InputError, match=r"weight must have 2 dimensions, got shape \[1, 6, 16\]"):
         packed_linear(x, PackedNM.pack(packed.unpack()[None], 2, 4))

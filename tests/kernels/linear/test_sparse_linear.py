@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from paucity.activations import teal_mask, wina_mask
 from paucity.checks import InputError, InputTypeError
-from paucity.kernels import dispatch
+from paucity.kernels import dispatch, native
 from paucity.kernels.linear import input_major, masked_input_linear, op, sparse_input_linear, sparse_output_linear
 from paucity.measure.flops import flops
 
@@ -15,12 +15,10 @@ TOLERANCE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol
 SHAPES = [(1, 1, 1), (1, 63, 1000), (1, 1000, 63), (2, 64, 130), (3, 40, 17), (16, 33, 70)]  # tokens, in, out
 
 
-@pytest.fixture(autouse=True)
-def _at_any_size(monkeypatch):
-    """Small weights go through the kernels here, and so does any share kept."""
-    monkeypatch.setattr(op, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(op, "MAX_KEPT", 1.0)
-    monkeypatch.setattr(op, "MAX_KEPT_MANY", 1.0)
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    """Force the native twin where it was built: small weights would run dense otherwise."""
+    monkeypatch.setenv("PAUCITY_KERNELS", "native" if native.library() else "reference")
 
 
 def problem(twin, tokens, size, out, dtype=torch.float32, seed=0):
@@ -145,7 +143,7 @@ def test_strided_inputs(twin):
 @pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_threads_do_not_change_a_bit(tokens, dtype, monkeypatch):
+def test_threads_do_not_change_a_bit(tokens, dtype, compiled_kernels):
     x, weight, bias = (t.to(dtype) for t in (torch.randn(tokens, 300), torch.randn(1000, 300), torch.randn(1000)))
     rows, results, before = torch.rand(tokens, 1000) < 0.5, [], torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -159,6 +157,7 @@ def test_threads_do_not_change_a_bit(tokens, dtype, monkeypatch):
 
 def test_dense_where_sparse_would_lose(monkeypatch):
     monkeypatch.delenv("PAUCITY_KERNELS", raising=False)
+    monkeypatch.setattr(op, "MIN_WEIGHTS", 0)
     if dispatch.twin("sparse linear", torch.ones(1)) == "reference":
         pytest.skip("needs a kernel that could lose")
     x, weight, rows = torch.randn(17, 64), torch.randn(48, 64), torch.ones(48, dtype=torch.bool)
@@ -175,14 +174,12 @@ def test_dense_where_sparse_would_lose(monkeypatch):
     assert "more than 16 tokens" in ran_dense(lambda: sparse_input_linear(x, stored, k=64), 17)
     assert "not stored output-major" in ran_dense(lambda: sparse_output_linear(one, stored, rows), 1)
     assert "more than 16 tokens" in ran_dense(lambda: masked_input_linear(x, stored, x == x), 17)
-    monkeypatch.setattr(op, "MAX_KEPT", 0.85)
     for call in (
         lambda: sparse_input_linear(one, stored, k=64),
         lambda: masked_input_linear(one, stored, one == one),
         lambda: sparse_output_linear(one, weight, rows),
     ):
         assert "more than 85% kept" in ran_dense(call, 1)
-    monkeypatch.setattr(op, "MAX_KEPT_MANY", 0.6)
     many, halves = x[:9].bfloat16(), stored.bfloat16()
     with dispatch.dense_runs() as reasons:
         masked_input_linear(many, halves, torch.arange(64) < 40)
@@ -194,6 +191,26 @@ def test_dense_where_sparse_would_lose(monkeypatch):
     assert flops(lambda: sparse_output_linear(one, weight, rows & (torch.arange(48) < 10))) == 2 * 64 * 10
     monkeypatch.setattr(op, "MIN_WEIGHTS", 2**20)
     assert "weight is small" in ran_dense(lambda: sparse_input_linear(one, stored, k=64), 1)
+
+
+def test_a_forced_twin_runs_its_kernel(twin):
+    tokens = 5 if twin.name == "triton" else 37
+    x, weight, bias = problem(twin, tokens, 40, 33)
+    rows = (torch.rand(tokens, 33, generator=torch.Generator().manual_seed(1)) < 0.9).to(x.device)
+    stored = input_major(weight)
+    everything = torch.ones(tokens, 40, dtype=torch.bool, device=x.device)
+    with dispatch.dense_runs() as reasons:
+        close(masked_input_linear(x, stored, everything, bias), naive_input(x, weight, everything, bias))
+        mask = naive_mask(x, k=30)
+        close(sparse_input_linear(x, stored, bias, k=30), naive_input(x, weight, mask, bias))
+        close(sparse_output_linear(x, weight, rows, bias), naive_input(x, weight, everything, bias) * rows.cpu())
+    assert not reasons
+    if twin.name == "native":
+        counted = sum(len(part) * int(part.any(0).sum()) for part in mask.split(16))
+        assert flops(lambda: sparse_input_linear(x, stored, bias, k=30)) == 2 * 33 * counted
+        with dispatch.dense_runs() as reasons:
+            sparse_input_linear(x, weight, k=30)
+        assert dict(reasons) == {"sparse linear ran dense: the weight is not stored input-major": 1}
 
 
 def leaves(*shapes, dtype=torch.float64):
@@ -227,7 +244,7 @@ def test_gradients_are_those_of_the_masked_product(twin):
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_operators_are_well_formed():
+def test_operators_are_well_formed(compiled_kernels):
     x, weight, bias = leaves((2, 12), (9, 12), (9,), dtype=torch.float32)
     stored = input_major(weight.detach()).requires_grad_()
     mask, rows = torch.rand(2, 12) < 0.5, torch.rand(2, 9) < 0.5

@@ -1,4 +1,7 @@
-"""The C++ twin of the sparse and packed linears (``csrc/kernels/linear.cpp`` and ``packed.cpp``); see `reference`."""
+"""The C++ twin of the sparse and packed linears; see `reference`.
+
+In ``csrc/kernels``: ``linear.cpp``, ``packed.cpp``, ``packed_blocks.cpp`` and ``packed_groups.cpp``.
+"""
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ _packed_bits = function("packed_bits", Pointer, Pointer, INT, Pointer, Pointer, 
 _unpack_bit_rows = function("unpack_bit_rows", Pointer, INT, Pointer, Pointer, INT, Pointer, *[INT] * 5)
 _packed_blocks = function("packed_blocks", *[Pointer] * 3, INT, *[Pointer] * 3, *[INT] * 6)
 _unpack_block_rows = function("unpack_block_rows", *[Pointer] * 2, INT, *[Pointer] * 2, *[INT] * 6)
+_packed_groups = function("packed_groups", *[Pointer] * 5, INT, INT, *[Pointer] * 3, *[INT] * 5)
+_unpack_group_rows = function("unpack_group_rows", *[Pointer] * 4, INT, INT, *[Pointer] * 2, *[INT] * 5)
 
 
 def sparse_input(
@@ -112,6 +117,45 @@ def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols
     out = values.new_empty((stop - start) * br, cols)
     packed = (values.contiguous(), columns.contiguous(), count, row_offsets.contiguous())
     if _unpack_block_rows(*packed, out, cols, br, bc, start, stop, values.element_size()):
+        raise _blocks_error()
+    return out
+
+
+def packed_groups(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """See `reference.packed_groups`."""
+    (tokens, cols), rows = x.shape, len(row_offsets) - 1
+    out = x.new_empty(tokens, rows)
+    bias = None if bias is None else bias.contiguous()
+    codes, scales, zeros, columns = (part.contiguous() for part in (codes, scales, zeros, columns))
+    packed = (codes, scales, zeros, columns, columns.dtype == torch.int32, len(codes), row_offsets.contiguous())
+    if _packed_groups(x, *packed, bias, out, tokens, rows, cols, 2 * codes.shape[1], DTYPES[x.dtype]):
+        raise _blocks_error()
+    return out
+
+
+def unpack_group_rows(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    cols: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """See `reference.unpack_group_rows`."""
+    out = scales.new_empty(stop - start, cols)
+    codes, scales, zeros, columns = (part.contiguous() for part in (codes, scales, zeros, columns))
+    packed = (codes, scales, zeros, columns, columns.dtype == torch.int32, len(codes), row_offsets.contiguous())
+    if _unpack_group_rows(*packed, out, cols, 2 * codes.shape[1], start, stop, DTYPES[scales.dtype]):
         raise _blocks_error()
     return out
 

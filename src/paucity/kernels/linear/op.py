@@ -1,9 +1,11 @@
 """Linears over some inputs or for some outputs as operators of torch, with gradients; which way each call runs.
 
 The operators take tokens as rows: ``x [T, in]``. `dense_reason` is the one place that decides between the kernel and
-the dense product of the masked input.
+the dense product of the masked input: where the layout does not fit, and, unless ``PAUCITY_KERNELS`` forces a twin,
+where the kernel would lose.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,14 +45,20 @@ def dense_reason(x: Tensor, weight: Tensor, fits: bool, layout: str) -> str | No
     """
     if not fits:
         return f"the weight is not stored {layout}"
+    if not x.shape[0]:
+        return "there are no tokens"
+    if dispatch.requested() != "auto":
+        return None
     if x.shape[0] > MAX_TOKENS:
         return f"more than {MAX_TOKENS} tokens"
-    if not x.shape[0] or weight.numel() < MIN_WEIGHTS:
+    if weight.numel() < MIN_WEIGHTS:
         return "the weight is small"
     return None
 
 
 def _share(x: Tensor) -> float:
+    if dispatch.requested() != "auto":
+        return 1.0
     return MAX_KEPT_MANY if x.shape[0] > 8 and x.itemsize < 4 else MAX_KEPT
 
 
@@ -60,6 +68,14 @@ def _most(x: Tensor, size: int) -> int:
 
 def _too_many(x: Tensor) -> None:
     dispatch.note_dense(KERNEL, f"more than {_share(x):.0%} kept")
+
+
+def _masked(twin: ModuleType, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The twin's `masked_input` of as many tokens as it takes at a time; None where too many inputs are kept."""
+    most, pieces = _most(x, weight.shape[1]), []
+    for piece, kept in zip(torch.split(x, MAX_TOKENS), torch.split(mask, MAX_TOKENS), strict=True):
+        pieces.append(twin.masked_input(piece.contiguous(), weight, kept.contiguous(), bias, most))
+    return None if any(piece is None for piece in pieces) else torch.cat(pieces)
 
 
 @torch.library.custom_op("paucity::sparse_input_linear", mutates_args=())
@@ -75,7 +91,11 @@ def sparse_input(
         dispatch.note_dense(KERNEL, reason)
         mask = reference.select_inputs(x, norm, threshold, k)
         return F.linear(x.masked_fill(~mask, 0), weight, bias), mask
-    out, mask = twin.sparse_input(x.contiguous(), weight, bias, norm, threshold, k, _most(x, weight.shape[1]))
+    if x.shape[0] > MAX_TOKENS:
+        mask = reference.select_inputs(x, norm, threshold, k)
+        out = _masked(twin, x, weight, mask, bias)
+    else:
+        out, mask = twin.sparse_input(x.contiguous(), weight, bias, norm, threshold, k, _most(x, weight.shape[1]))
     if out is None:
         _too_many(x)
         out = F.linear(x.masked_fill(~mask, 0), weight, bias)
@@ -92,7 +112,7 @@ def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -
     elif reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
         dispatch.note_dense(KERNEL, reason)
     else:
-        out = twin.masked_input(x.contiguous(), weight, mask.contiguous(), bias, _most(x, weight.shape[1]))
+        out = _masked(twin, x, weight, mask, bias)
         if out is None:
             _too_many(x)
     return F.linear(x.masked_fill(~mask, 0), weight, bias) if out is None else out
@@ -108,9 +128,13 @@ def sparse_output(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None) 
     elif reason := dense_reason(x, weight, weight.shape[1] <= 1 or weight.stride(1) == 1, "output-major"):
         dispatch.note_dense(KERNEL, reason)
     else:
-        out = twin.sparse_output(x.contiguous(), weight, rows.contiguous(), bias, _most(x, weight.shape[0]))
-        if out is None:
+        most, pieces = _most(x, weight.shape[0]), []
+        for piece, kept in zip(torch.split(x, MAX_TOKENS), torch.split(rows, MAX_TOKENS), strict=True):
+            pieces.append(twin.sparse_output(piece.contiguous(), weight, kept.contiguous(), bias, most))
+        if any(piece is None for piece in pieces):
             _too_many(x)
+        else:
+            out = torch.cat(pieces)
     return F.linear(x, weight, bias).masked_fill(~rows, 0) if out is None else out
 
 
@@ -180,16 +204,19 @@ sparse_output.register_autograd(_output_backward, setup_context=_save_masked)
 
 def _flops(x: Tensor, weight: Tensor, mask: Tensor, size: int, fits: bool) -> int:
     """Of the product that ran: over the columns or rows that any token keeps, or over all of them."""
-    other, kept = weight.numel() // max(1, size), size
+    other, tokens = weight.numel() // max(1, size), x.shape[0]
     runs_reference = dispatch.twin(KERNEL, x) == "reference"
+    kept = tokens * size
     if (
         not isinstance(mask, FakeTensor)
         and not mask.is_meta
         and (runs_reference or not dense_reason(x, weight, fits, ""))
     ):
-        counted = int(mask.any(0).sum())
-        kept = counted if runs_reference or counted <= _most(x, size) else size
-    return 2 * x.shape[0] * other * kept
+        pieces = (mask,) if runs_reference else torch.split(mask, MAX_TOKENS)
+        counts = [int(piece.any(0).sum()) for piece in pieces]
+        if runs_reference or max(counts) <= _most(x, size):
+            kept = sum(len(piece) * count for piece, count in zip(pieces, counts, strict=True))
+    return 2 * other * kept
 
 
 @register_flop_formula(torch.ops.paucity.sparse_input_linear, get_raw=True)  # type: ignore[untyped-decorator]

@@ -17,6 +17,9 @@ from .. import dispatch
 KERNEL = "packed linear"
 MAX_TOKENS = 16
 """More tokens than this share each unpacked chunk of the weight."""
+NARROW_TOKENS = {torch.bfloat16: 4, torch.float32: 8}
+"""The same for blocks whose width is no multiple of 16, which fill the registers badly: measured for 4x4 and 8x8 blocks
+on a CPU, where only the ``auto`` choice of twins heeds it. All else was faster streamed for up to 16 tokens."""
 CHUNK_BYTES = 2**22
 """Of the unpacked rows that are multiplied at a time."""
 
@@ -25,6 +28,12 @@ def _chunks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
     """``(start, stop)`` of the chunks of ``rows``."""
     step = max(1, min(rows, CHUNK_BYTES // max(1, row_bytes)))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _streams_blocks(x: Tensor, width: int) -> bool:
+    """Whether ``x`` is multiplied with packed blocks of ``width`` columns as they are."""
+    narrow = width % 16 and dispatch.requested() == "auto" and dispatch.twin(KERNEL, x) == "native"
+    return x.shape[0] <= (NARROW_TOKENS[x.dtype] if narrow else MAX_TOKENS)
 
 
 def _prefill(x: Tensor, rows: int, height: int, bias: Tensor | None, unpack: Callable[[int, int], Tensor]) -> Tensor:
@@ -75,9 +84,13 @@ def unpack_bit_rows(
 def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.packed_blocks`."""
     twin = dispatch.module(KERNEL, x, __package__)
-    if x.shape[0] <= MAX_TOKENS:
+    if _streams_blocks(x, values.shape[2]):
         out: Tensor = twin.packed_blocks(x.contiguous(), values, columns, row_offsets, bias)
         return out
+    if x.shape[0] <= MAX_TOKENS:
+        dispatch.note_dense(
+            KERNEL, f"more than {NARROW_TOKENS[x.dtype]} tokens and blocks of {values.shape[2]} columns"
+        )
 
     def unpack(start: int, stop: int) -> Tensor:
         chunk: Tensor = twin.unpack_block_rows(values, columns, row_offsets, x.shape[1], start, stop)
@@ -92,6 +105,47 @@ def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols
     out: Tensor = dispatch.module(KERNEL, values, __package__).unpack_block_rows(
         values, columns, row_offsets, cols, start, stop
     )
+    return out
+
+
+@torch.library.custom_op("paucity::packed_groups_linear", mutates_args=())
+def packed_groups(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """See `reference.packed_groups`."""
+    twin = dispatch.module(KERNEL, x, __package__)
+    packed = (codes, scales, zeros, columns, row_offsets)
+    if x.shape[0] <= MAX_TOKENS:
+        out: Tensor = twin.packed_groups(x.contiguous(), *packed, bias)
+        return out
+
+    def unpack(start: int, stop: int) -> Tensor:
+        chunk: Tensor = twin.unpack_group_rows(*packed, x.shape[1], start, stop)
+        return chunk
+
+    return _prefill(x, len(row_offsets) - 1, 1, bias, unpack)
+
+
+@torch.library.custom_op("paucity::unpack_group_rows", mutates_args=())
+def unpack_group_rows(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    cols: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """See `reference.unpack_group_rows`."""
+    twin = dispatch.module(KERNEL, scales, __package__)
+    out: Tensor = twin.unpack_group_rows(codes, scales, zeros, columns, row_offsets, cols, start, stop)
     return out
 
 
@@ -113,6 +167,16 @@ def _(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Any
 @unpack_block_rows.register_fake
 def _(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
     return values.new_empty((stop - start) * values.shape[1], cols)
+
+
+@packed_groups.register_fake
+def _(x: Tensor, codes: Any, scales: Any, zeros: Any, columns: Any, row_offsets: Tensor, bias: Any) -> Tensor:
+    return x.new_empty(x.shape[0], row_offsets.shape[0] - 1)
+
+
+@unpack_group_rows.register_fake
+def _(codes: Any, scales: Tensor, zeros: Any, columns: Any, offsets: Any, cols: int, start: int, stop: int) -> Tensor:
+    return scales.new_empty(stop - start, cols)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,8 +210,21 @@ def _blocks_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, grad.sum(0) if ctx.needs_input_grad[4] else None
 
 
+def _groups_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, dx = ctx.packed, None
+    if ctx.needs_input_grad[0]:
+
+        def unpack(start: int, stop: int) -> Tensor:
+            chunk: Tensor = unpack_group_rows(*packed, ctx.cols, start, stop)
+            return chunk
+
+        dx = _backward(grad, ctx.cols, len(packed[-1]) - 1, 1, unpack)
+    return dx, None, None, None, None, None, grad.sum(0) if ctx.needs_input_grad[6] else None
+
+
 packed_bits.register_autograd(_bits_backward, setup_context=_save)
 packed_blocks.register_autograd(_blocks_backward, setup_context=_save)
+packed_groups.register_autograd(_groups_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.paucity.packed_bits_linear, get_raw=True)  # type: ignore[untyped-decorator]
@@ -160,4 +237,11 @@ def _packed_bits_flops(x: Tensor, values: Tensor, bits: Tensor, *_: Any, **__: A
 def _packed_blocks_flops(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *_: Any, **__: Any) -> int:
     """Of the kept blocks; of the dense product where the weight is unpacked for many tokens."""
     dense = (row_offsets.shape[0] - 1) * values.shape[1] * x.shape[1]
-    return 2 * x.shape[0] * (values.numel() if x.shape[0] <= MAX_TOKENS else dense)
+    return 2 * x.shape[0] * (values.numel() if _streams_blocks(x, values.shape[2]) else dense)
+
+
+@register_flop_formula(torch.ops.paucity.packed_groups_linear, get_raw=True)  # type: ignore[untyped-decorator]
+def _packed_groups_flops(x: Tensor, codes: Tensor, *rest: Any, **__: Any) -> int:
+    """Of the kept groups; of the dense product where the weight is unpacked for many tokens."""
+    dense = (rest[3].shape[0] - 1) * x.shape[1]
+    return 2 * x.shape[0] * (2 * codes.numel() if x.shape[0] <= MAX_TOKENS else dense)

@@ -11,6 +11,7 @@ a weight that is stored input-major (``stride(0) == 1``, ``stride(1) >= out``), 
 import torch
 from torch import Tensor
 
+from ...ops.formats.groups import dequantize_groups
 from ...ops.formats.packed import unpack_bits
 from ...ops.select import topk_mask
 
@@ -122,6 +123,54 @@ def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols
     row = torch.repeat_interleave(row_offsets[start : stop + 1].diff().long())
     grid[row, columns[first:last].long()] = values[first:last]
     return grid.transpose(1, 2).reshape((stop - start) * br, cols)
+
+
+def packed_groups(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The product with a weight of groups in 4 bits, each weight rounded to the dtype of ``x``.
+
+    A twin may leave that rounding out, which makes its result more exact.
+
+    Args:
+        x: ``[T, in]``.
+        codes: uint8 ``[num_groups, group_size / 2]``; this and the next four as in `PackedGroups`.
+        scales: ``[num_groups]`` of the dtype of ``x``.
+        zeros: uint8 ``[num_groups]``.
+        columns: int16 or int32 ``[num_groups]``.
+        row_offsets: int32 ``[out + 1]``.
+        bias: ``[out]``.
+
+    Raises:
+        InputError: if a group's column or an offset is out of range.
+    """
+    rows = len(row_offsets) - 1
+    return _product(x, unpack_group_rows(codes, scales, zeros, columns, row_offsets, x.shape[1], 0, rows), bias)
+
+
+def unpack_group_rows(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    cols: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Rows ``start`` to ``stop`` of the dense weight of `packed_groups`: ``[stop - start, cols]``."""
+    part = slice(int(row_offsets[start]), int(row_offsets[stop]))
+    groups = dequantize_groups(codes[part], scales[part], zeros[part])
+    grid = groups.new_zeros(stop - start, cols // groups.shape[1], groups.shape[1])
+    row = torch.repeat_interleave(row_offsets[start : stop + 1].diff().long())
+    grid[row, columns[part].long()] = groups
+    return grid.view(stop - start, cols)
 
 
 def _wide(x: Tensor) -> torch.dtype:

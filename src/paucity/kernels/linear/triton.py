@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..select.triton import kept_mask
+from .triton_groups import packed_groups, unpack_group_rows
 from .triton_packed import packed_bits, packed_blocks, unpack_bit_rows, unpack_block_rows
 from .triton_tiles import finish, load_x, multiplies_wide, multiply, token_tile
 
@@ -19,10 +20,12 @@ __all__ = [
     "masked_input",
     "packed_bits",
     "packed_blocks",
+    "packed_groups",
     "sparse_input",
     "sparse_output",
     "unpack_bit_rows",
     "unpack_block_rows",
+    "unpack_group_rows",
 ]
 
 _INPUTS, _ROWS = 32, 128  # of a tile of an input-major weight

@@ -32,13 +32,23 @@ def check_bits(values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: i
 
 def check_blocks(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int) -> None:
     """Raise InputError unless the blocks lie within the weight, and the offsets within the blocks."""
+    _check_columns((len(values), values.shape[2]), columns, row_offsets, cols)
+
+
+def check_groups(codes: Tensor, columns: Tensor, row_offsets: Tensor, cols: int) -> None:
+    """The same for groups in 4 bits."""
+    _check_columns((len(codes), 2 * codes.shape[1]), columns, row_offsets, cols)
+
+
+def _check_columns(blocks: tuple[int, int], columns: Tensor, row_offsets: Tensor, cols: int) -> None:
+    count, width = blocks
 
     def fits() -> bool:
-        ends, last = row_offsets.long(), cols // values.shape[2]
-        inside = (ends[0] >= 0) & (ends[-1] <= len(values)) & (ends.diff() >= 0).all()
+        ends, last = row_offsets.long(), cols // width
+        inside = (ends[0] >= 0) & (ends[-1] <= count) & (ends.diff() >= 0).all()
         return bool((inside & ((columns >= 0) & (columns < last)).all()).item())
 
-    if not _is_sound(fits, (*values.shape, cols), columns, row_offsets):
+    if not _is_sound(fits, (count, width, cols), columns, row_offsets):
         raise fail("packed_linear", "weight", "have block columns and row offsets within its sizes", "others")
 
 

@@ -4,6 +4,7 @@ from .block import BlockMask
 from .block_rows import PackedBlocks
 from .codes import Codes
 from .csr import PackedCSR
+from .groups import PackedGroups
 from .masks import Masks, SparsityReport
 from .packed import PackedBitmask, PackedNM, pack_bits, unpack_bits
 
@@ -14,6 +15,7 @@ __all__ = [
     "PackedBitmask",
     "PackedBlocks",
     "PackedCSR",
+    "PackedGroups",
     "PackedNM",
     "SparsityReport",
     "pack_bits",
