@@ -39,7 +39,9 @@ ROWS = {
         *(f"attention.{name}.{short}" for name in PATTERNS for short in ("bf16", "fp32")),
         *("attention.block10.flex", "attention.train10.bf16", "attention.decode5.bf16", "attention.decode100.bf16"),
     },
-    "linear": {f"linear.{name}" for name in ("input50.fp32", "input50.bf16", "nm24.bf16", "bitmask50.bf16")},
+    "linear": {
+        f"linear.{name}" for name in ("input50.fp32", "input50.bf16", "nm24.bf16", "bitmask50.bf16", "groups50.bf16")
+    },
     "select": {"select.statistical", "select.topk", "select.topk_long"},
     "codes": {"codes.decode", "codes.train"},
     "spmm": {"spmm.conv1x1", "spmm.conv1x1_80"},

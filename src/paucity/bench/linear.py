@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.linear import input_major, packed_linear, sparse_input_linear
-from ..ops.formats import PackedBitmask, PackedNM
-from ..ops.select import nm_mask, topk_mask
+from ..ops.formats import PackedBitmask, PackedGroups, PackedNM
+from ..ops.select import block_topk_mask, nm_mask, topk_mask
 from . import BenchRow, kernel_row
 from .machine import least_seconds
 
@@ -45,9 +45,11 @@ def _sparse_input(dtype: torch.dtype) -> BenchRow:
 
 def _packed() -> list[BenchRow]:
     x, weight = _made(torch.bfloat16)
-    variants: dict[str, PackedNM | PackedBitmask] = {
+    groups = block_topk_mask(weight.abs(), block=(1, 16), sparsity=0.5)
+    variants: dict[str, PackedNM | PackedBitmask | PackedGroups] = {
         "nm24": PackedNM.pack(torch.where(nm_mask(weight.abs(), n=2, m=4), weight, 0), 2, 4),
         "bitmask50": PackedBitmask.pack(torch.where(topk_mask(weight.abs(), sparsity=0.5), weight, 0)),
+        "groups50": PackedGroups.pack(torch.where(groups, weight, 0)),
     }
     return [
         kernel_row(
@@ -56,7 +58,7 @@ def _packed() -> list[BenchRow]:
             partial(packed_linear, x, packed),
             {"F.linear": partial(F.linear, x, weight)},
             how="packed_linear",
-            least_seconds=least_seconds(flops=2 * packed.values.numel(), num_bytes=packed.nbytes, dtype=torch.bfloat16),
+            least_seconds=least_seconds(flops=IN * OUT, num_bytes=packed.nbytes, dtype=torch.bfloat16),
             repeats=25,
         )
         for name, packed in variants.items()

@@ -39,8 +39,8 @@ def sparse_input_linear(
     https://arxiv.org/abs/2505.19427) the top k with the norms of the weight's columns. The columns that no token keeps
     are not read, for up to 16 tokens. More tokens, a small weight, more than 85 % kept (60 % for 9 or more tokens in
     half precision) or a weight that is not stored input-major run as the dense product of the masked input, and
-    `paucity.kernels.dispatch.dense_runs` counts that.
-    Gradients flow as through that product with a constant mask.
+    `paucity.kernels.dispatch.dense_runs` counts that; where ``PAUCITY_KERNELS`` forces a twin, the layout alone can be
+    the reason. Gradients flow as through that product with a constant mask.
 
     Args:
         x: ``[..., in]``, any float dtype.
