@@ -57,10 +57,10 @@ struct Plan {
 
   explicit Plan(const Attention &p) {
     group = p.heads / p.kv_heads;
-    block = p.kind == WINDOW ? UNIT_ROWS : p.q_block;
-    int64_t rows = min_of(min_of(block, UNIT_ROWS), p.queries);
+    block = max_of(1, p.kind == WINDOW ? UNIT_ROWS : min_of(p.q_block, p.queries));
+    int64_t rows = max_of(1, min_of(min_of(block, UNIT_ROWS), p.queries));
     bool shares = p.kind == WINDOW || p.pattern_heads != p.heads || group == 1;
-    stack = shares ? min_of(group, max_of(1, STACKED / rows)) : 1;
+    stack = shares ? max_of(1, min_of(group, STACKED / rows)) : 1;
     stacks = ceil_div(group, stack);
     cuts = ceil_div(block, UNIT_ROWS);
     chunks = ceil_div(p.queries, block) * cuts;

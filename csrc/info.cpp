@@ -22,12 +22,23 @@ static bool has(const char *set) {
 #endif
 }
 
-// The kernels' instruction sets that this machine has, best first, each followed by a space.
+namespace {
+
+struct Sets {
+  char names[64] = "";
+  Sets() {
+    const char *const best_first[] = {"avx512bf16 ", "avx512 ", "avx2 "};
+    for (const char *set : best_first)
+      if (has(set)) strcat(names, set);
+    strcat(names, "plain ");
+  }
+};
+
+}  // namespace
+
+// The kernels' instruction sets that this machine has, best first, each followed by a space; made once, since threads
+// ask for it at the same time.
 PAUCITY_API const char *paucity_instruction_sets() {
-  static char sets[64];
-  sets[0] = 0;
-  const char *const best_first[] = {"avx512bf16 ", "avx512 ", "avx2 "};
-  for (const char *set : best_first)
-    if (has(set)) strcat(sets, set);
-  return strcat(sets, "plain ");
+  static const Sets sets;
+  return sets.names;
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,7 +33,11 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 64-byte aligned scratch of one thread, freed at the end of the scope.
 struct Scratch {
   void *at;
-  explicit Scratch(size_t bytes) : at(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+  explicit Scratch(size_t bytes) : at(aligned_alloc(64, (bytes + 127) / 64 * 64)) {
+    if (at) return;
+    fprintf(stderr, "paucity: out of memory: a kernel needs %zu bytes of scratch\n", bytes);
+    abort();
+  }
   ~Scratch() { free(at); }
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;

@@ -9,20 +9,23 @@ import importlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..checks import InputError, check_choice
+from ..checks import InputError, check_choice, fail
 from . import native
 
 CHOICES = ("auto", "reference", "native", "triton")
 _HALVES = (torch.float32, torch.bfloat16)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,30 @@ def twin(kernel: str, tensor: Tensor) -> str:
 def module(kernel: str, tensor: Tensor, package: str | None) -> ModuleType:
     """The twin that `twin` names, as the module of that name in ``package``, the caller's ``__package__``."""
     return importlib.import_module(f".{twin(kernel, tensor)}", package)
+
+
+def check_devices(function: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise InputError unless all ``tensors`` (by argument; None is left out) are on ``device``.
+
+    PyTorch asks an operator for shapes alone where any of its tensors has no data; the result of the others is garbage.
+    """
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise fail(function, argument, f"be on {device}", tensor.device)
+
+
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function`` (the first argument is a tensor) with autocast off: kernels compute in the dtypes they are given."""
+
+    @functools.wraps(function)
+    def exact(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 def _twin(kernel: str, device: str, dtype: torch.dtype) -> str:

@@ -1,13 +1,14 @@
 """Attention over the keys that a pattern keeps."""
 
-import math
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ...checks import check_floating, check_shape
-from .check import check_problem
+from ..dispatch import check_devices
+from .check import check_problem, default_scale
 from .merge import merge_attention
 from .op import flat, sparse_attention_op
 from .problem import Pattern, Problem
@@ -99,12 +100,15 @@ def sparse_attention(
             range.
     """
     name = "sparse_attention"
-    scale = _default_scale(query) if scale is None else scale
+    scale = default_scale(name, query) if scale is None else scale
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     check_problem(name, query, key, value, problem)
+    if window is not None:  # a longer one is the same, and could leave the range of the positions
+        problem = replace(problem, window=min(window, max(1, key.shape[2])))
     if sinks is not None:
         check_floating(name, "sinks", sinks)
         check_shape(name, "sinks", sinks, query.shape[1])
+        check_devices(name, query.device, sinks=sinks)
     learned = (x for x in (query, key, value, bias) if x is not None)
     need_lse = return_lse or sinks is not None or (torch.is_grad_enabled() and any(x.requires_grad for x in learned))
     out, lse = sparse_attention_op(query, key, value, *flat(problem), need_lse)
@@ -113,7 +117,3 @@ def sparse_attention(
         out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
         lse = torch.logaddexp(lse, sink)
     return (out, lse) if return_lse else out
-
-
-def _default_scale(query: Tensor) -> float:
-    return 1 / math.sqrt(query.shape[-1]) if query.ndim and query.shape[-1] else 1.0

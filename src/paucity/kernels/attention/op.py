@@ -17,6 +17,7 @@ from .problem import Pattern, Problem
 KERNEL = "sparse attention"
 # Kinds of pattern; what ``index`` and ``extra`` are: blocks and partial, positions and counts, dropped and nothing.
 BLOCKS, LISTS, WINDOW = 0, 1, 2
+_MOST = 2**63 - 1  # the largest integer that an operator takes
 
 
 def flat(problem: Problem) -> tuple[Any, ...]:
@@ -30,12 +31,13 @@ def flat(problem: Problem) -> tuple[Any, ...]:
         kind, index, extra = LISTS, pattern.positions, pattern.counts
     else:
         window_size, num_sinks, index = pattern.window_size, pattern.num_sinks, pattern.dropped
-    sizes = (pattern.q_block, k_block, window_size, num_sinks)
+    sizes = (min(size, _MOST) for size in (pattern.q_block, k_block, window_size, num_sinks))
     options = (problem.padding, problem.bias, problem.scale, problem.softcap, problem.window, problem.causal)
     return kind, index, extra, elements, *sizes, *options
 
 
 @torch.library.custom_op("paucity::sparse_attention", mutates_args=())
+@dispatch.without_autocast
 def sparse_attention_op(
     query: Tensor,
     key: Tensor,
@@ -60,6 +62,8 @@ def sparse_attention_op(
     pattern = _pattern(query, key, kind, index, extra, elements, q_block, k_block, window_size, num_sinks)
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     _check_positions(problem, key.shape[2])
+    if not query.shape[:3].numel():
+        return query.new_empty(*query.shape[:3], value.shape[-1]), _lse_like(query)
     twin = dispatch.module(KERNEL, query, __package__)
     if twin is not reference:
         out, lse = twin.forward(query, key, value, problem)
@@ -71,6 +75,7 @@ def sparse_attention_op(
 
 
 @torch.library.custom_op("paucity::sparse_attention_backward", mutates_args=())
+@dispatch.without_autocast
 def sparse_attention_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -99,6 +104,11 @@ def sparse_attention_backward_op(
     pattern = _pattern(query, key, kind, index, extra, elements, q_block, k_block, window_size, num_sinks)
     problem = Problem(pattern, scale, softcap, padding, window, causal, bias)
     _check_positions(problem, key.shape[2])
+    if not query.shape[:3].numel():
+        none = (
+            problem.bias.new_zeros(problem.bias.shape) if bias_grad and problem.bias is not None else query.new_empty(0)
+        )
+        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape), none
     twin = dispatch.module(KERNEL, query, __package__)
     grads = twin.backward(grad_out, grad_lse, query, key, value, out, lse, problem, bias_grad=bias_grad)
     return (*grads[:3], query.new_empty(0) if grads[3] is None else grads[3].to(problem.bias.dtype))  # type: ignore[union-attr]
@@ -191,6 +201,8 @@ def _pattern(
     window_size: int,
     num_sinks: int,
 ) -> Pattern:
+    if elements is None:  # a block may be larger than the text; nobody need reckon with how much
+        q_block, k_block = min(q_block, max(1, query.shape[2])), min(k_block, max(1, key.shape[2]))
     if kind == WINDOW:
         return Window(window_size, num_sinks, q_block, index)
     assert index is not None
@@ -212,6 +224,8 @@ def _check_positions(problem: Problem, num_keys: int) -> None:
         _check_ends(name, "pattern.counts", counts, positions.shape[-1] + 1, low=0)
         if (padded.gather(-1, first) >= 0).any() or (padded.gather(-1, first + 1) < 0).any():
             raise fail(name, "pattern.counts", "say where each list begins", "others")
+        if ((positions[..., 1:] <= positions[..., :-1]) & (positions[..., :-1] >= 0)).any():
+            raise fail(name, "pattern.positions", "ascend in each list", "others")
     elif isinstance(pattern, BlockMask) and pattern.partial is not None and pattern.elements is not None:
         _check_ends(name, "pattern.partial", pattern.partial, len(pattern.elements))
 

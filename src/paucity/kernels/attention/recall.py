@@ -1,12 +1,10 @@
 """How much of dense attention a pattern keeps."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ...ops.formats.stripes import causal_mask
-from .check import check_problem
+from .check import check_problem, default_scale
 from .pairs import visible
 from .problem import Pattern, Problem
 
@@ -38,7 +36,7 @@ def attention_recall(
     Raises:
         InputError: if shapes do not fit each other or the pattern.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = default_scale("attention_recall", query) if scale is None else scale
     problem = Problem(pattern, scale, softcap, padding, window)
     check_problem("attention_recall", query, key, key, problem)
     batch, heads, queries, dim = query.shape
@@ -49,11 +47,13 @@ def attention_recall(
         rows = query[:, :, first : first + block].float() * scale
         last = first + rows.shape[2]
         stop = offset + last
-        logits = rows.reshape(batch, key.shape[1], -1, dim) @ key[:, :, :stop].float().mT
+        logits = (
+            rows.reshape(batch, key.shape[1], heads // key.shape[1] * rows.shape[2], dim) @ key[:, :, :stop].float().mT
+        )
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         logits = logits.view(batch, heads, -1, stop)
         seen = causal_mask(rows.shape[2], stop, padding=None if padding is None else padding[:, :stop], window=window)
-        prob = logits.masked_fill(~seen.to(logits.device), -math.inf).softmax(-1).nan_to_num(0.0)
+        prob = logits.masked_fill(~seen.to(logits.device), -torch.inf).softmax(-1).nan_to_num(0.0)
         mask = visible(problem, queries, keys, first, last)[..., :stop]
         if mask.shape[1] not in (1, heads):
             mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)

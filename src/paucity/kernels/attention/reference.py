@@ -78,7 +78,11 @@ def backward(
         here, first = slice(first, stop), stop
         rows = query[:, :, here] * problem.scale
         prob, tile_lse, slope = _attend(rows, tile, problem.softcap, need_lse=True)
-        long = (batch, tile.keys.shape[1], -1)  # the rows of all heads that share keys
+        long = (
+            batch,
+            tile.keys.shape[1],
+            heads // tile.keys.shape[1] * (stop - here.start),
+        )  # the rows of all heads that share keys
         grad_rows = grad_out[:, :, here].reshape(*long, grad_out.shape[-1])
         # A query that sees nothing has no gradient, whatever is asked of its logsumexp.
         minus = delta[:, :, here].masked_fill(tile_lse == -torch.inf, 0.0)
@@ -91,7 +95,7 @@ def backward(
         if slope is not None:
             grad_score = grad_score * slope
         low = grad_score.to(query.dtype)
-        grad_query[:, :, here] = (low @ tile.keys).view(batch, heads, -1, dim) * problem.scale
+        grad_query[:, :, here] = (low @ tile.keys).view(batch, heads, stop - here.start, dim) * problem.scale
         add_rows(grad_key, low.mT @ rows.reshape(*long, dim), tile)
         add_rows(grad_value, prob.to(query.dtype).mT @ grad_rows, tile)
     if grad_bias is not None and wide == torch.float64:
@@ -103,7 +107,7 @@ def _attend(query: Tensor, tile: Tile, softcap: float | None, need_lse: bool) ->
     """Weights ``[B, heads, rows of all heads that share keys, n]``, logsumexp, slope of the soft cap."""
     batch, heads, rows, dim = query.shape
     wide, columns = _wide(query), tile.keys.shape[2]
-    score = query.reshape(batch, tile.keys.shape[1], -1, dim) @ tile.keys.mT
+    score = query.reshape(batch, tile.keys.shape[1], heads // tile.keys.shape[1] * rows, dim) @ tile.keys.mT
     if not columns:
         return score.to(wide), score.new_full((batch, heads, rows), -torch.inf, dtype=wide), None
     slope = None

@@ -70,8 +70,8 @@ def add_rows(total: Tensor, part: Tensor, tile: Tile) -> None:
     if tile.taken is not None:
         front = tile.taken.shape[-1]
         flat = _flat_rows(total, tile.taken).flatten()
-        rows = part[:, :, :front].reshape(-1, part.shape[-1]).to(total.dtype)
-        total.view(-1, total.shape[-1]).scatter_add_(0, flat.unsqueeze(-1).expand_as(rows), rows)
+        rows = part[:, :, :front].flatten(0, 2).to(total.dtype)
+        total.flatten(0, 2).scatter_add_(0, flat.unsqueeze(-1).expand_as(rows), rows)
     if tile.stop > tile.low:
         total[:, :, tile.low : tile.stop] += part[:, :, front:]
 
@@ -211,7 +211,10 @@ def _biased(tile: Tile, bias: Tensor, heads: int, first: int, q_block: int) -> T
         parts.insert(0, rows.expand(*around, -1).gather(-1, index.expand(*around, -1)))
         parts[1] = parts[1].expand(*around, -1)
     here = torch.cat(parts, dim=-1)
-    return tile._replace(bias=here, hidden=[*tile.hidden, (0, here == -torch.inf)])
+    hidden = here == -torch.inf
+    for start, mask in tile.hidden:  # in one mask: a key may be hidden from some queries by one, from others by another
+        hidden = hidden | torch.nn.functional.pad(mask, (start, hidden.shape[-1] - start - mask.shape[-1]))
+    return tile._replace(bias=here, hidden=[(0, hidden)])
 
 
 def _blank_unseen(tile: Tile) -> Tile:
@@ -236,7 +239,7 @@ def _by_head(mask: Tensor, heads: int) -> Tensor:
 def _take(source: Tensor, positions: Tensor) -> Tensor:
     """Rows of ``source`` ``[B, H_kv, T, D]`` at ``positions`` ``[B or 1, H or 1, n]``; -1 takes any row."""
     flat = _flat_rows(source, positions)
-    return source.reshape(-1, source.shape[-1]).index_select(0, flat.flatten()).view(*flat.shape, source.shape[-1])
+    return source.flatten(0, 2).index_select(0, flat.flatten()).view(*flat.shape, source.shape[-1])
 
 
 def _flat_rows(source: Tensor, positions: Tensor) -> Tensor:

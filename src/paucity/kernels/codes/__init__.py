@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...checks import InputTypeError, check_floating, check_shape, check_tensor, fail
+from ..dispatch import check_devices
 from . import op
 
 __all__ = ["decode_codes", "encode_kept"]
@@ -63,6 +64,7 @@ def encode_kept(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor)
         check_shape("encode_kept", "bias", bias, weight.shape[0])
         if bias.dtype != x.dtype:
             raise InputTypeError(f"encode_kept: bias must be {x.dtype}, got {bias.dtype}.")
+        check_devices("encode_kept", x.device, bias=bias)
     if indices.ndim == 0:
         raise fail("encode_kept", "indices", "have at least 1 dimension", "shape []")
     check_shape("encode_kept", "indices", indices, *x.shape[:-1], None)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ...checks import InputTypeError, check_bool, check_floating, check_int, check_ndim, check_range, check_shape, fail
+from ..dispatch import check_devices
 from .op import attend
 
 __all__ = ["decode_attention"]
 
 _NAME = "decode_attention"
+_MOST = 2**63 - 1  # the largest integer that an operator takes
 
 
 def decode_attention(
@@ -60,10 +62,13 @@ def decode_attention(
         InputError: if shapes or dtypes do not fit, or a page or a length is out of range.
     """
     _check(query, key, value, pages, page_size, lengths, padding, softcap, window, sinks)
+    if scale is not None:
+        check_range(_NAME, "scale", scale, open_low=True, open_high=True)
     if lengths is not None:
         lengths = lengths.long()
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
+    page_size, window = min(page_size, _MOST), None if window is None else min(window, _MOST)
     out, lse = attend(query, key, value, pages, lengths, padding, page_size, scale, softcap, window)
     if sinks is not None:
         sink = sinks.to(lse.dtype).view(-1, 1)
@@ -109,12 +114,13 @@ def _check(
         check_bool(_NAME, "padding", padding)
         check_shape(_NAME, "padding", padding, batch, keys)
     if softcap is not None:
-        check_range(_NAME, "softcap", softcap, 0, open_low=True)
+        check_range(_NAME, "softcap", softcap, 0, open_low=True, open_high=True)
     if window is not None:
         check_int(_NAME, "window", window)
     if sinks is not None:
         check_floating(_NAME, "sinks", sinks)
         check_shape(_NAME, "sinks", sinks, heads)
+    check_devices(_NAME, query.device, key=key, value=value, pages=pages, lengths=lengths, padding=padding, sinks=sinks)
 
 
 def _check_integers(argument: str, tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ _NAME = "decode_attention"
 
 
 @torch.library.custom_op("paucity::decode_attention", mutates_args=())
+@dispatch.without_autocast
 def attend(
     query: Tensor,
     key: Tensor,
@@ -29,6 +30,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of `Problem`."""
     problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
+    if not query.shape[:3].numel():
+        return _outputs(query, value)
     twin = dispatch.module("decode attention", query, __package__)
     if twin is native:
         out, lse, code = native.forward(query, key, value, problem)
@@ -46,6 +49,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 @torch.library.custom_op("paucity::decode_attention_backward", mutates_args=())
+@dispatch.without_autocast
 def attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -64,6 +68,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, by the reference on every device."""
     problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
+    if not query.shape[:3].numel():
+        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     return reference.backward(grad_out, grad_lse, query, key, value, out, lse, problem)
 
 

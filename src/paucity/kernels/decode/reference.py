@@ -60,7 +60,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 def _rows(x: Tensor, key: Tensor) -> Tensor:
     """``[B, Hkv, G * Tq, D]`` in the dtype that everything is summed in."""
-    return x.reshape(x.shape[0], key.shape[1], -1, x.shape[-1]).to(_lse_dtype(x))
+    return x.reshape(x.shape[0], key.shape[1], x.shape[1] // key.shape[1] * x.shape[2], x.shape[-1]).to(_lse_dtype(x))
 
 
 def _positions(key: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,11 @@ def pays(weight: Tensor) -> bool:
 
     False where the weight lies in a cache, and where only the reference would compute.
     """
+    check_ndim("pays", "weight", weight, 2)
     return weight.numel() >= op.MIN_WEIGHTS and dispatch.twin(op.KERNEL, weight) != "reference"
 
 
+@dispatch.without_autocast
 def sparse_input_linear(
     x: Tensor,
     weight: Tensor,
@@ -68,10 +70,12 @@ def sparse_input_linear(
     if norm is not None:
         check_floating(name, "norm", norm)
         check_shape(name, "norm", norm, weight.shape[1])
-    out, _ = op.sparse_input(x.reshape(-1, weight.shape[1]), weight, bias, norm, threshold, k)
+        dispatch.check_devices(name, x.device, norm=norm)
+    out, _ = op.sparse_input(_tokens(x), weight, bias, norm, threshold, k)
     return _like(out, x)
 
 
+@dispatch.without_autocast
 def masked_input_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = W[:, kept] x[kept] + bias`` with a selection made elsewhere, else as `sparse_input_linear`.
 
@@ -87,10 +91,11 @@ def masked_input_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | 
     name = "masked_input_linear"
     _check(name, x, weight, bias)
     mask = _rows(name, "mask", mask, x, weight.shape[1])
-    out = op.masked_input(x.reshape(-1, weight.shape[1]), weight, mask, bias)
+    out = op.masked_input(_tokens(x), weight, mask, bias)
     return _like(out, x)
 
 
+@dispatch.without_autocast
 def sparse_output_linear(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = W x + bias`` at the outputs that ``rows`` keeps, 0 at the others.
 
@@ -114,7 +119,7 @@ def sparse_output_linear(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor |
     name = "sparse_output_linear"
     _check(name, x, weight, bias)
     rows = _rows(name, "rows", rows, x, weight.shape[0])
-    out = op.sparse_output(x.reshape(-1, weight.shape[1]), weight, rows, bias)
+    out = op.sparse_output(_tokens(x), weight, rows, bias)
     return _like(out, x)
 
 
@@ -123,6 +128,7 @@ def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     check_ndim(function, "weight", weight, 2)
     check_input(function, x, weight.dtype, "weight", weight.shape[1])
     check_bias(function, bias, x.dtype, weight.shape[0])
+    dispatch.check_devices(function, x.device, weight=weight, bias=bias)
 
 
 def check_input(function: str, x: Tensor, dtype: object, of: str, cols: int) -> None:
@@ -146,10 +152,16 @@ def _like(out: Tensor, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """``[T, n]``; a size of -1 would be ambiguous for an empty ``x``."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _rows(function: str, argument: str, mask: Tensor, x: Tensor, size: int) -> Tensor:
     """``mask`` as ``[T, size]``."""
     check_bool(function, argument, mask)
     if mask.shape not in ((size,), (*x.shape[:-1], size)):
         lead = "".join(f"{length}, " for length in x.shape[:-1])
         raise fail(function, argument, f"have shape [{lead}{size}] or [{size}]", list(mask.shape))
-    return mask.expand(*x.shape[:-1], size).reshape(-1, size)
+    dispatch.check_devices(function, x.device, **{argument: mask})
+    return _tokens(mask.expand(*x.shape[:-1], size))

@@ -72,6 +72,8 @@ def threshold_select(
             raise fail("threshold_select", "threshold", f"be on {x.device}", threshold.device)
     else:
         check_range("threshold_select", "threshold", threshold)
+        if abs(threshold) > torch.finfo(wide).max:  # rounded as a tensor of thresholds would be
+            threshold = math.copysign(math.inf, threshold)
         each = torch.full((len(rows),), threshold, dtype=wide, device=x.device)
     return _slots(x, op.threshold_select(rows, each, capacity, by_abs))
 

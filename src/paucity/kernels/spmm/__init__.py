@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...checks import InputTypeError, check_floating, check_int, check_shape, fail
+from ...checks import InputTypeError, check_floating, check_int, check_shape, check_tensor, fail
 from ...ops.formats import PackedCSR
 from . import op
 
@@ -43,6 +43,7 @@ def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, 
         raise fail("sparse_conv1x1", "x", f"have {weight.shape[1]} channels", f"shape {list(x.shape)}")
     parts = {"weight": weight.values} if bias is None else {"weight": weight.values, "bias": bias}
     for name, tensor in parts.items():
+        check_tensor("sparse_conv1x1", name, tensor)
         if tensor.dtype != x.dtype:
             raise InputTypeError(f"sparse_conv1x1: {name} must be {x.dtype}, got {tensor.dtype}.")
         if tensor.device != x.device:
@@ -51,7 +52,7 @@ def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, 
         check_shape("sparse_conv1x1", "bias", bias, weight.shape[0])
     if stride > 1:
         for dim in range(2, given.ndim):
-            given = given[(slice(None),) * dim + (slice(None, None, stride),)]
+            given = given[(slice(None),) * dim + (slice(None, None, min(stride, max(1, given.shape[dim]))),)]
     flat = given.reshape(*given.shape[:2], given.shape[2:].numel())
     out: Tensor = op.spmm(weight.values, weight.columns, weight.row_offsets, flat, bias)
     out = out.view(given.shape[0], weight.shape[0], *given.shape[2:])

@@ -38,6 +38,7 @@ def _runs_dense(columns: Tensor, row_offsets: Tensor, x: Tensor, size: int) -> b
 
 
 @torch.library.custom_op("paucity::spmm", mutates_args=())
+@dispatch.without_autocast
 def spmm(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """``[nnz], [nnz], [out + 1], [B, in, P], [out] -> [B, out, P]``; see `reference.spmm`."""
     twin = _twin(columns, row_offsets, x, x.shape[1])
@@ -49,6 +50,7 @@ def spmm(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, bias: 
 
 
 @torch.library.custom_op("paucity::spmm_transposed", mutates_args=())
+@dispatch.without_autocast
 def spmm_transposed(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, size: int) -> Tensor:
     """``[nnz], [nnz], [out + 1], [B, out, P] -> [B, size, P]``; see `reference.spmm_transposed`."""
     twin = _twin(columns, row_offsets, x, size)
@@ -59,6 +61,7 @@ def spmm_transposed(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Ten
 
 
 @torch.library.custom_op("paucity::sddmm", mutates_args=())
+@dispatch.without_autocast
 def sddmm(columns: Tensor, row_offsets: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """``[nnz], [out + 1], [B, out, P], [B, in, P] -> [nnz]``; see `reference.sddmm`."""
     twin = _twin(columns, row_offsets, x, x.shape[1])
