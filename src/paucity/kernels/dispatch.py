@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import InputError, check_choice, fail
+from ..checks import InputError, InputTypeError, check_choice, check_floating, fail
 from . import native
 
 CHOICES = ("auto", "reference", "native", "triton")
@@ -76,6 +76,13 @@ def check_devices(function: str, device: torch.device, **tensors: Tensor | None)
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise fail(function, argument, f"be on {device}", tensor.device)
+
+
+def check_computable(function: str, argument: str, tensor: Tensor) -> None:
+    """Raise InputTypeError unless ``tensor`` has a floating dtype of at least 16 bits; narrower ones only store."""
+    check_floating(function, argument, tensor)
+    if tensor.element_size() == 1:
+        raise InputTypeError(f"{function}: {argument} must have at least 16 bits, got {tensor.dtype}.")
 
 
 def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -19,7 +19,7 @@ from ...checks import (
 )
 from ...ops.formats.block import BlockMask
 from ...ops.formats.stripes import KeyLists, Window
-from ..dispatch import check_devices
+from ..dispatch import check_computable, check_devices
 from .problem import Pattern, Problem
 
 
@@ -59,9 +59,7 @@ def check_problem(name: str, query: Tensor, key: Tensor, value: Tensor, problem:
 def _check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         check_ndim(name, argument, tensor, 4)
-        check_floating(name, argument, tensor)
-        if tensor.element_size() == 1:
-            raise InputTypeError(f"{name}: {argument} must have at least 16 bits, got {tensor.dtype}.")
+        check_computable(name, argument, tensor)
         if tensor.dtype != query.dtype:
             raise InputTypeError(f"{name}: {argument} must be {query.dtype} like query, got {tensor.dtype}.")
         if tensor.device != query.device:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ...checks import InputTypeError, check_floating, check_shape, check_tensor, fail
-from ..dispatch import check_devices
+from ...checks import InputTypeError, check_shape, check_tensor, fail
+from ..dispatch import check_computable, check_devices
 from . import op
 
 __all__ = ["decode_codes", "encode_kept"]
@@ -30,7 +30,7 @@ def decode_codes(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
         InputError: if shapes do not match or an index is out of range (on a GPU the check waits for the indices).
         InputTypeError: if a dtype does not fit.
     """
-    check_floating("decode_codes", "values", values)
+    check_computable("decode_codes", "values", values)
     _check("decode_codes", values, indices, "dictionary", dictionary)
     check_shape("decode_codes", "indices", indices, *values.shape)
     k = values.shape[-1]
@@ -57,7 +57,7 @@ def encode_kept(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor)
         InputError: if shapes do not match or an index is out of range (on a GPU the check waits for the indices).
         InputTypeError: if a dtype does not fit.
     """
-    check_floating("encode_kept", "x", x)
+    check_computable("encode_kept", "x", x)
     _check("encode_kept", x, indices, "weight", weight)
     check_shape("encode_kept", "x", x, *x.shape[:-1], weight.shape[1])
     if bias is not None:

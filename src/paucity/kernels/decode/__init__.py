@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import InputTypeError, check_bool, check_floating, check_int, check_ndim, check_range, check_shape, fail
-from ..dispatch import check_devices
+from ..dispatch import check_computable, check_devices
 from .op import attend
 
 __all__ = ["decode_attention"]
@@ -91,7 +91,7 @@ def _check(
     sinks: Tensor | None,
 ) -> None:
     check_ndim(_NAME, "query", query, 4)
-    check_floating(_NAME, "query", query)
+    check_computable(_NAME, "query", query)
     batch, heads, _, dim = query.shape
     check_shape(_NAME, "key", key, batch, None, None, dim)
     _, kv_heads, keys, _ = key.shape

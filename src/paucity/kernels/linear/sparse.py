@@ -133,7 +133,7 @@ def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 def check_input(function: str, x: Tensor, dtype: object, of: str, cols: int) -> None:
     """Raise unless ``x`` is ``[..., cols]`` of ``dtype``, which is that of the argument ``of``."""
-    check_floating(function, "x", x)
+    dispatch.check_computable(function, "x", x)
     if x.dtype != dtype:
         raise InputTypeError(f"{function}: x must have the dtype of {of} ({dtype}), got {x.dtype}.")
     if not x.ndim or x.shape[-1] != cols:

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from ...checks import InputTypeError, check_floating, check_int, check_shape, check_tensor, fail
+from ...checks import InputTypeError, check_int, check_shape, check_tensor, fail
 from ...ops.formats import PackedCSR
+from ..dispatch import check_computable
 from . import op
 
 __all__ = ["sparse_conv1x1"]
@@ -31,7 +32,7 @@ def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, 
         InputError: if shapes do not match, or the weight's columns or row offsets are out of range.
         InputTypeError: if a dtype does not fit.
     """
-    check_floating("sparse_conv1x1", "x", x)
+    check_computable("sparse_conv1x1", "x", x)
     if not isinstance(weight, PackedCSR):
         raise InputTypeError(f"sparse_conv1x1: weight must be a PackedCSR, got {type(weight).__name__}.")
     batched = max(4, len(weight.shape)) if len(weight.shape) != 3 else 3
