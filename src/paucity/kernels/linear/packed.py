@@ -6,12 +6,14 @@ from ...checks import InputTypeError, fail
 from ...ops.formats.block_rows import PackedBlocks
 from ...ops.formats.groups import PackedGroups
 from ...ops.formats.packed import PackedBitmask, PackedNM
+from .. import dispatch
 from . import packed_op
-from .sparse import check_bias, check_input
+from .sparse import as_tokens, check_bias, check_input
 
 Packed = PackedNM | PackedBitmask | PackedBlocks | PackedGroups
 
 
+@dispatch.without_autocast
 def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """``y = W x + bias`` with a packed weight, which is unpacked on the way: in registers for up to 16 tokens.
 
@@ -37,10 +39,11 @@ def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tens
     if len(weight.shape) != 2:
         raise fail(name, "weight", "have 2 dimensions", f"shape {list(weight.shape)}")
     rows, cols = weight.shape
-    dtype = weight.scales.dtype if isinstance(weight, PackedGroups) else weight.values.dtype
-    check_input(name, x, dtype, "weight", cols)
+    held = weight.scales if isinstance(weight, PackedGroups) else weight.values
+    check_input(name, x, held.dtype, "weight", cols)
     check_bias(name, bias, x.dtype, rows)
-    tokens = x.reshape(-1, cols)
+    dispatch.check_devices(name, x.device, weight=held, bias=bias)
+    tokens = as_tokens(x)
     out: Tensor
     if isinstance(weight, PackedBlocks):
         out = packed_op.packed_blocks(tokens, weight.values, weight.columns, weight.row_offsets, bias)

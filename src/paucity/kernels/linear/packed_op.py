@@ -38,6 +38,8 @@ def _streams_blocks(x: Tensor, width: int) -> bool:
 
 def _prefill(x: Tensor, rows: int, height: int, bias: Tensor | None, unpack: Callable[[int, int], Tensor]) -> Tensor:
     """``x W^T + bias``; ``unpack(start, stop)`` gives rows of the weight, counted in units of ``height`` rows."""
+    if x.shape[0] > MAX_TOKENS:
+        dispatch.note_dense(KERNEL, f"more than {MAX_TOKENS} tokens share unpacked rows")
     out = x.new_empty(x.shape[0], rows * height)
     for start, stop in _chunks(rows, x.shape[1] * x.element_size() * height):
         span = slice(start * height, stop * height)

@@ -71,7 +71,7 @@ def sparse_input_linear(
         check_floating(name, "norm", norm)
         check_shape(name, "norm", norm, weight.shape[1])
         dispatch.check_devices(name, x.device, norm=norm)
-    out, _ = op.sparse_input(_tokens(x), weight, bias, norm, threshold, k)
+    out, _ = op.sparse_input(as_tokens(x), weight, bias, norm, threshold, k)
     return _like(out, x)
 
 
@@ -91,7 +91,7 @@ def masked_input_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | 
     name = "masked_input_linear"
     _check(name, x, weight, bias)
     mask = _rows(name, "mask", mask, x, weight.shape[1])
-    out = op.masked_input(_tokens(x), weight, mask, bias)
+    out = op.masked_input(as_tokens(x), weight, mask, bias)
     return _like(out, x)
 
 
@@ -119,7 +119,7 @@ def sparse_output_linear(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor |
     name = "sparse_output_linear"
     _check(name, x, weight, bias)
     rows = _rows(name, "rows", rows, x, weight.shape[0])
-    out = op.sparse_output(_tokens(x), weight, rows, bias)
+    out = op.sparse_output(as_tokens(x), weight, rows, bias)
     return _like(out, x)
 
 
@@ -152,7 +152,7 @@ def _like(out: Tensor, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """``[T, n]``; a size of -1 would be ambiguous for an empty ``x``."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
@@ -164,4 +164,4 @@ def _rows(function: str, argument: str, mask: Tensor, x: Tensor, size: int) -> T
         lead = "".join(f"{length}, " for length in x.shape[:-1])
         raise fail(function, argument, f"have shape [{lead}{size}] or [{size}]", list(mask.shape))
     dispatch.check_devices(function, x.device, **{argument: mask})
-    return _tokens(mask.expand(*x.shape[:-1], size))
+    return as_tokens(mask.expand(*x.shape[:-1], size))
