@@ -96,6 +96,11 @@ def test_absent_file_unknown_key_and_ragged_heads_are_refused(make_report, tmp_p
             "1.01 times the speed of dense, within the noise.",
         ),
         (
+            {"prefill_ms": 975.0, "prefill_ms_low": 974.0, "prefill_ms_high": 976.0},  # less than a run repeats itself
+            "Prefill at 4,096 tokens is not measurably faster or slower: "
+            "1.03 times the speed of dense, within the noise.",
+        ),
+        (
             {"prefill_ms": 500.0, "prefill_ms_low": 490.0, "prefill_ms_high": 1200.0},  # one slow round
             "Prefill at 4,096 tokens is faster: 2.00 times the speed of dense.",
         ),

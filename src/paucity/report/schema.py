@@ -16,6 +16,8 @@ from ..checks import InputError, fail
 from . import units
 
 SCHEMA_VERSION = 1
+TIME_RESOLUTION = 0.03
+"""Share by which the same model can differ from itself in one run on a busy machine."""
 QUALITY_LIMIT = 0.05
 """The relative rise of bits per byte up to which the verdict says that quality is kept."""
 
@@ -206,12 +208,17 @@ def overlap(low: float | None, high: float | None, other_low: float | None, othe
 
 
 def indistinct(dense: Measurement, sparse: Measurement, name: str) -> bool:
-    """Whether each model's median time ``name`` lies within the other's rounds; False where the range is unknown."""
+    """Whether two median times ``name`` cannot be told apart; False where the range of the rounds is unknown.
+
+    They cannot where each lies within the other's rounds, or where they differ by less than `TIME_RESOLUTION`.
+    """
+    inside = True
     for one, other in ((dense, sparse), (sparse, dense)):
         value, low, high = (getattr(one, name), *(getattr(other, f"{name}_{end}", None) for end in ("low", "high")))
-        if value is None or low is None or high is None or not low <= value <= high:
+        if value is None or low is None or high is None:
             return False
-    return True
+        inside = inside and low <= value <= high
+    return inside or abs(getattr(sparse, name) / getattr(dense, name) - 1) < TIME_RESOLUTION
 
 
 def verdict(dense: Measurement, sparse: Measurement) -> list[str]:
