@@ -10,6 +10,7 @@ from paucity.checks import InputError, InputTypeError
 from paucity.kernels import dispatch, native
 from paucity.kernels.linear import input_major, masked_input_linear, op, sparse_input_linear, sparse_output_linear
 from paucity.measure.flops import flops
+from paucity.ops.select import topk_mask
 
 TOLERANCE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 1e-2}}
 SHAPES = [(1, 1, 1), (1, 63, 1000), (1, 1000, 63), (2, 64, 130), (3, 40, 17), (16, 33, 70)]  # tokens, in, out
@@ -290,3 +291,13 @@ def test_bad_input():
         sparse_output_linear(x, weight, torch.ones(6, dtype=torch.bool))
     with pytest.raises(InputError, match="weight must have 2 dimensions"):
         input_major(torch.ones(3))
+
+
+def test_without_a_kernel_it_runs_dense_and_says_so(monkeypatch):
+    monkeypatch.setenv("PAUCITY_KERNELS", "auto")
+    x, weight = torch.randn(2, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    with dispatch.dense_runs() as counted:
+        out = sparse_input_linear(x, input_major(weight), k=3)
+    kept = x.where(topk_mask(x, k=3, by_abs=True), 0)
+    torch.testing.assert_close(out, kept @ weight.T)
+    assert dict(counted) == {"sparse linear ran dense: no kernel takes float64 here": 1}

@@ -49,11 +49,18 @@ def dense_reason(x: Tensor, weight: Tensor, fits: bool, layout: str) -> str | No
         return "there are no tokens"
     if dispatch.requested() != "auto":
         return None
+    if dispatch.twin(KERNEL, x) == "reference":
+        return f"no kernel takes {str(x.dtype).removeprefix('torch.')} here"
     if x.shape[0] > MAX_TOKENS:
         return f"more than {MAX_TOKENS} tokens"
     if weight.numel() < MIN_WEIGHTS:
         return "the weight is small"
     return None
+
+
+def _wants_reference(x: Tensor) -> bool:
+    """Whether the reference computes, slower than dense: it is forced, or a twin is that does not take ``x``."""
+    return dispatch.requested() != "auto" and dispatch.twin(KERNEL, x) == "reference"
 
 
 def _share(x: Tensor) -> float:
@@ -84,7 +91,7 @@ def sparse_input(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_input`: ``(out, mask)``."""
     twin = dispatch.module(KERNEL, x, __package__)
-    if twin is reference:
+    if _wants_reference(x):
         out, mask = reference.sparse_input(x, weight, bias, norm, threshold, k, weight.shape[1])
         return out, mask  # type: ignore[return-value]
     if reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
@@ -107,7 +114,7 @@ def masked_input(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -
     """See `reference.masked_input`."""
     twin = dispatch.module(KERNEL, x, __package__)
     out: Tensor | None = None
-    if twin is reference:
+    if _wants_reference(x):
         out = reference.masked_input(x, weight, mask, bias, weight.shape[1])
     elif reason := dense_reason(x, weight, is_input_major(weight), "input-major"):
         dispatch.note_dense(KERNEL, reason)
@@ -123,7 +130,7 @@ def sparse_output(x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None) 
     """See `reference.sparse_output`."""
     twin = dispatch.module(KERNEL, x, __package__)
     out: Tensor | None = None
-    if twin is reference:
+    if _wants_reference(x):
         out = reference.sparse_output(x, weight, rows, bias, weight.shape[0])
     elif reason := dense_reason(x, weight, weight.shape[1] <= 1 or weight.stride(1) == 1, "output-major"):
         dispatch.note_dense(KERNEL, reason)
@@ -205,7 +212,7 @@ sparse_output.register_autograd(_output_backward, setup_context=_save_masked)
 def _flops(x: Tensor, weight: Tensor, mask: Tensor, size: int, fits: bool) -> int:
     """Of the product that ran: over the columns or rows that any token keeps, or over all of them."""
     other, tokens = weight.numel() // max(1, size), x.shape[0]
-    runs_reference = dispatch.twin(KERNEL, x) == "reference"
+    runs_reference = _wants_reference(x)
     kept = tokens * size
     if (
         not isinstance(mask, FakeTensor)

@@ -5,6 +5,7 @@ is unpacked in chunks of rows that stay in a cache, each followed by a dense pro
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
+from . import reference
 
 KERNEL = "packed linear"
 MAX_TOKENS = 16
@@ -28,6 +30,13 @@ def _chunks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
     """``(start, stop)`` of the chunks of ``rows``."""
     step = max(1, min(rows, CHUNK_BYTES // max(1, row_bytes)))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _twin(x: Tensor) -> ModuleType:
+    twin = dispatch.module(KERNEL, x, __package__)
+    if twin is reference and dispatch.requested() == "auto":
+        dispatch.note_dense(KERNEL, f"no kernel takes {str(x.dtype).removeprefix('torch.')} here, so it is unpacked")
+    return twin
 
 
 def _streams_blocks(x: Tensor, width: int) -> bool:
@@ -59,7 +68,7 @@ def _backward(grad: Tensor, cols: int, rows: int, height: int, unpack: Callable[
 @torch.library.custom_op("paucity::packed_bits_linear", mutates_args=())
 def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `reference.packed_bits`."""
-    twin = dispatch.module(KERNEL, x, __package__)
+    twin = _twin(x)
     if x.shape[0] <= MAX_TOKENS:
         out: Tensor = twin.packed_bits(x.contiguous(), values, bits, row_offsets, bias)
         return out
@@ -85,7 +94,7 @@ def unpack_bit_rows(
 @torch.library.custom_op("paucity::packed_blocks_linear", mutates_args=())
 def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.packed_blocks`."""
-    twin = dispatch.module(KERNEL, x, __package__)
+    twin = _twin(x)
     if _streams_blocks(x, values.shape[2]):
         out: Tensor = twin.packed_blocks(x.contiguous(), values, columns, row_offsets, bias)
         return out
@@ -121,7 +130,7 @@ def packed_groups(
     bias: Tensor | None,
 ) -> Tensor:
     """See `reference.packed_groups`."""
-    twin = dispatch.module(KERNEL, x, __package__)
+    twin = _twin(x)
     packed = (codes, scales, zeros, columns, row_offsets)
     if x.shape[0] <= MAX_TOKENS:
         out: Tensor = twin.packed_groups(x.contiguous(), *packed, bias)
