@@ -87,6 +87,7 @@ def test_what_is_not_stored_is_not_read(twin):
     close(packed_linear(strided, dataclasses.replace(packed, **spread)), dense(strided, packed))
 
 
+@pytest.mark.usefixtures("native_twin")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_do_not_change_a_bit(dtype):
     results, before = [], torch.get_num_threads()
