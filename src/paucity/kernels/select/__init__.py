@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...checks import InputTypeError, check_floating, check_int, check_range, fail
+from ...checks import check_floating, check_int, check_range, fail
+from ..dispatch import check_computable
 from . import op
 
 __all__ = ["statistical_topk", "threshold_select", "topk"]
@@ -108,13 +109,11 @@ def statistical_topk(x: Tensor, k: int, *, capacity: int | None = None) -> tuple
 
 
 def _rows(function: str, x: Tensor) -> Tensor:
-    check_floating(function, "x", x)
+    check_computable(function, "x", x)
     if x.ndim == 0:
         raise fail(function, "x", "have at least 1 dimension", "a scalar")
     if x.shape[-1] > torch.iinfo(torch.int32).max:
         raise fail(function, "x", "have rows of at most 2^31 - 1 entries", f"shape {list(x.shape)}")
-    if x.element_size() == 1:
-        raise InputTypeError(f"{function}: x must have at least 16 bits, got {x.dtype}.")
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
