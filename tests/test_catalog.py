@@ -16,7 +16,19 @@ from paucity.checks import InputError
 from paucity.claims import CLAIMS
 
 PACKAGE = Path(inspect.getfile(paucity)).parent
-SHARED_FILES = {"__init__", "apply", "base", "interface", "linear", "policy"}
+SHARED_FILES = {
+    "__init__",
+    "apply",
+    "base",
+    "interface",
+    "linear",
+    "policy",
+    "compute",
+    "portable",
+    "prompt",
+    "rotary",
+    "telemetry",
+}
 
 
 def test_names_are_sorted():

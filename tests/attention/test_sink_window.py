@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from paucity.attention.policy import Prompt
+from paucity.attention.prompt import Prompt
 from paucity.attention.sink_window import SinkWindow
 
 
@@ -18,16 +18,6 @@ def test_every_query_sees_the_first_and_the_latest(tq, tk, sinks, size):
     kept = [sum(row) for row in expected]
     assert pattern.kept_keys(tq, tk)[0].tolist() == kept
     assert max(kept) <= sinks + size
-
-
-def test_sinks_are_the_first_that_are_not_padding():
-    padding = torch.arange(12) >= torch.tensor([[0], [5]])
-    pattern = SinkWindow(num_sinks=2, window_size=3).select(
-        torch.zeros(2, 1, 12, 4), torch.zeros(2, 1, 12, 4), Prompt(0, 1.0, padding=padding)
-    )
-    assert pattern.visible(12, 12, padding=padding)[1, 0, -1].nonzero().flatten().tolist() == [5, 6, 9, 10, 11]
-    assert pattern.visible(12, 12, padding=padding)[0, 0, -1].nonzero().flatten().tolist() == [0, 1, 9, 10, 11]
-    assert not pattern.visible(12, 12, padding=padding)[1, 0, :5].any()
 
 
 @pytest.mark.parametrize("options", [{"num_sinks": -1}, {"window_size": 0}, {"window": 4}, {"q_block": 0}])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from paucity.attention.policy import Prompt
+from paucity.attention.prompt import Prompt
 from paucity.attention.vertical_slash import VerticalSlash, line_pattern, line_scores
 
 
@@ -15,7 +15,7 @@ def inputs(tq, tk, batch=2):
     return torch.randn(batch, 4, tq, 8, generator=generator), torch.randn(batch, 2, tk, 8, generator=generator)
 
 
-def naive_scores(query, key, *, num_last, padding, window=None, softcap=None):
+def naive_scores(query, key, *, num_last, window=None, softcap=None):
     batch, heads, tq, _ = query.shape
     tk = key.shape[2]
     columns, diagonals = torch.zeros(batch, heads, tk), torch.zeros(batch, heads, tk)
@@ -23,7 +23,7 @@ def naive_scores(query, key, *, num_last, padding, window=None, softcap=None):
         for h in range(heads):
             for row in range(max(0, tq - num_last), tq):
                 i = row + tk - tq
-                seen = [j for j in range(i + 1) if padding[b, j] and (window is None or j > i - window)]
+                seen = [j for j in range(i + 1) if window is None or j > i - window]
                 logits = [float(query[b, h, row] @ key[b, h // 2, j]) * 0.3 for j in seen]
                 if softcap is not None:
                     logits = [softcap * math.tanh(x / softcap) for x in logits]
@@ -38,11 +38,10 @@ def naive_scores(query, key, *, num_last, padding, window=None, softcap=None):
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, 2.0)])
 def test_scores_match_naive(tq, tk, num_last, window, softcap):
     query, key = inputs(tq, tk)
-    padding = torch.arange(tk) >= torch.tensor([[0], [min(6, tk - 1)]])
-    prompt = Prompt(0, 0.3, softcap, padding, window=window)
+    prompt = Prompt(0, 0.3, softcap, window)
     for found, wanted in zip(
         line_scores(query, key, prompt, num_last=num_last),
-        naive_scores(query, key, num_last=num_last, padding=padding, window=window, softcap=softcap),
+        naive_scores(query, key, num_last=num_last, window=window, softcap=softcap),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -52,34 +51,30 @@ def test_scores_match_naive(tq, tk, num_last, window, softcap):
 def test_pattern_is_columns_and_tiles_of_diagonals(tq, tk, q_block):
     generator = torch.Generator().manual_seed(tq)
     vertical, slash = (torch.rand(2, 3, tk, generator=generator) < share for share in (0.2, 0.05))
-    padding = torch.arange(tk) >= torch.tensor([[0], [min(4, tk - 1)]])
-    lists = line_pattern(vertical, slash, num_queries=tq, q_block=q_block, padding=padding)
+    lists = line_pattern(vertical, slash, num_queries=tq, q_block=q_block)
     for b in range(2):
         for h in range(3):
-            for block, start in enumerate(range(tk - tq, tk, q_block)):
+            for block, start in enumerate(range((tk - tq) // q_block * q_block, tk, q_block)):
                 keys = {j for j in range(start + q_block) if j < tk and vertical[b, h, j]}
                 for d in slash[b, h].nonzero().flatten().tolist():
                     keys |= set(range(max(0, start - d), min(tk, start - d + q_block)))
-                wanted = sorted(j for j in keys if padding[b, j])
+                wanted = sorted(keys)
                 found = lists.positions[b, h, block]
                 assert found[found >= 0].tolist() == wanted
                 assert int(lists.counts[b, h, block]) == len(wanted)
 
 
-def test_budgets_are_exact_for_every_head_and_text():
+def test_budgets_are_exact_for_every_head():
     query, key = inputs(60, 60, batch=3)
-    padding = torch.arange(60) >= torch.tensor([[0], [20], [59]])
     policy = VerticalSlash(vertical_share=0.25, num_slash=11, forced_vertical=3, forced_slash=4)
-    scores = line_scores(query, key, Prompt(0, 0.3, padding=padding))
-    vertical, slash = policy.lines(*scores, padding)
-    assert vertical.sum(-1).tolist() == [[15] * 4, [10] * 4, [1] * 4]
-    assert slash.sum(-1).tolist() == [[11] * 4, [11] * 4, [1] * 4]
-    for row, first in enumerate((0, 20, 59)):
-        assert vertical[row, :, first : first + 3].all()
-        assert not (vertical & ~padding[:, None]).any()
-        assert slash[row, :, : min(4, 60 - first)].all()
+    scores = line_scores(query, key, Prompt(0, 0.3))
+    vertical, slash = policy.lines(*scores)
+    assert vertical.sum(-1).tolist() == [[15] * 4] * 3
+    assert slash.sum(-1).tolist() == [[11] * 4] * 3
+    assert vertical[..., :3].all()
+    assert slash[..., :4].all()
     unseen = torch.rand(1, 1, 60, generator=torch.Generator().manual_seed(0)) + (torch.arange(60) > 9)
-    vertical_only, slash_only = policy.lines(unseen, unseen, None)
+    vertical_only, slash_only = policy.lines(unseen, unseen)
     assert vertical_only[..., :3].all()
     assert slash_only[..., :4].all()
     # What is not forced has the highest scores.

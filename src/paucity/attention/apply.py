@@ -1,12 +1,14 @@
 """Install a prefill policy on a Hugging Face causal language model, and take it off again.
 
-Dense, whatever the policy: prompts shorter than its ``min_length``, decode steps, layers that it does not rule,
-attention dropout, and masks that are neither causal nor a sliding window (packed sequences, static caches, masks of the
-caller's own). `AppliedAttention.state` says how often a prompt was computed densely, and why.
+Dense, whatever the policy: texts shorter than its ``min_length``, decode steps (unless the policy has its own), layers
+that it does not rule, attention dropout, queries, keys or values that are not finite, padding inside a text, and masks
+that are neither causal nor a sliding window (packed sequences, static caches, masks of the caller's own).
+`AppliedAttention.state` says how often a prompt was computed densely, and why.
 """
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,33 +16,30 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..checks import check_choice, check_int, fail
-from .interface import ATTRIBUTE, NAME, Site, attention, attention_mask
-from .policy import PrefillPolicy
-from .sink_window import SinkWindow
-from .vertical_slash import VerticalSlash
+from ..checks import check_int, fail
+from .compute import Attended, attend_exactly
+from .interface import ATTRIBUTE, NAME, Site, attention, attention_mask, exact_pairs
+from .policy import PolicySearch, PrefillPolicy, finite
+from .portable import method_name, options_for
+from .prompt import Prompt
+from .rotary import find_rotary
 
 if TYPE_CHECKING:
     from ..models.load import Loaded
 
-METHODS: dict[str, type[PrefillPolicy]] = {"sink_window": SinkWindow, "vertical_slash": VerticalSlash}
 
-
-def options_for(method: str) -> type[BaseModel]:
-    """The options of a method, which are its policy.
-
-    Raises:
-        InputError: if there is no such method.
-    """
-    check_choice("options_for", "method", method, METHODS)
-    return METHODS[method]
+Observer = Callable[[Tensor, Tensor, Tensor, Prompt, Attended, float], None]
+"""Told of every prompt: query, key, value, prompt, what the policy made of it and the seconds that this took."""
 
 
 def apply_step(loaded: "Loaded", method: str, options: BaseModel, calibration: list[Tensor]) -> "AppliedAttention":
-    """Install the method of a recipe; ``calibration`` is not used."""
-    check_choice("apply_step", "method", method, METHODS)
-    if not isinstance(options, METHODS[method]):
-        raise fail("apply_step", "options", f"be {METHODS[method].__name__}", type(options).__name__)
+    """Install the method of a recipe; a search looks at the ``calibration`` tokens, a policy at nothing."""
+    kind = options_for(method)
+    if not isinstance(options, kind):
+        raise fail("apply_step", "options", f"be {kind.__name__}", type(options).__name__)
+    if isinstance(options, PolicySearch):
+        return apply(loaded.model, options.fit(loaded.model, calibration))
+    assert isinstance(options, PrefillPolicy)
     return apply(loaded.model, options)
 
 
@@ -54,7 +53,7 @@ def apply(model: nn.Module, policy: PrefillPolicy, layers: Sequence[int] | None 
 
     Raises:
         InputError: if the model has no causal attention that transformers can exchange, carries a policy already, or
-            lacks one of the layers.
+            lacks one of the layers, or if the policy is for a model with other layers or heads.
     """
     sites = _attention_modules(model)
     if any(hasattr(module, ATTRIBUTE) for module in sites.values()):
@@ -64,6 +63,9 @@ def apply(model: nn.Module, policy: PrefillPolicy, layers: Sequence[int] | None 
         check_int("apply", "layers", layer, 0)
         if layer not in sites:
             raise fail("apply", "layers", f"be among the {len(sites)} attention layers", layer)
+    config = _text_config(model)
+    heads = config.num_attention_heads
+    policy.check_model(list(sites), heads, getattr(config, "num_key_value_heads", None) or heads)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
     applied = AppliedAttention(model, policy, sorted(sites if wanted is None else set(wanted)), _implementation(model))
@@ -71,7 +73,7 @@ def apply(model: nn.Module, policy: PrefillPolicy, layers: Sequence[int] | None 
     if _text_config(model)._attn_implementation != NAME:
         raise fail("apply", "model", "use transformers' attention interface", type(model).__name__)
     for layer, module in sites.items():
-        setattr(module, ATTRIBUTE, Site(applied, layer))
+        setattr(module, ATTRIBUTE, Site(applied, layer, find_rotary(model, layer)))
     return applied
 
 
@@ -98,6 +100,27 @@ class AppliedAttention:
         self._kept: dict[int, Tensor] = {}
         self._pairs: dict[int, Tensor] = {}
         self._dense: Counter[str] = Counter()
+        self.observer: Observer | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> Tensor:
+        """Attention ``[B, H, Tq, Dv]`` of texts without padding, as the policy has it; counts what is computed."""
+        reason = None
+        length = key.shape[2] + prompt.dropped
+        if length < self.policy.min_length:
+            reason = "prompt shorter than min_length"
+        elif not finite(query, key, value):
+            reason = "values that are not finite"
+        if reason is not None:
+            self.count_dense(reason)
+        started = time.perf_counter()
+        done = attend_exactly(query, key, value, prompt) if reason else self.policy.compute(query, key, value, prompt)
+        seconds = time.perf_counter() - started
+        if self.observer is not None:
+            self.observer(query, key, value, prompt, done, seconds)
+            return done.out
+        pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window).expand(len(query), 1)
+        self.count_pairs(prompt.layer, query.shape[1], done.kept.expand(len(query), -1), pairs)
+        return done.out
 
     def remove(self) -> None:
         """Restore the attention that the model had."""
@@ -127,9 +150,12 @@ class AppliedAttention:
 
     def state(self) -> dict[str, Any]:
         """Method, options, layers, and how many prompts (times layers) were computed densely, by reason."""
-        method = next(name for name, kind in METHODS.items() if isinstance(self.policy, kind))
         options = self.policy.model_dump(mode="json") | {"layers": self.layers}
-        return {"method": method, "options": options, "dense_prompts": dict(sorted(self._dense.items()))}
+        return {
+            "method": method_name(self.policy),
+            "options": options,
+            "dense_prompts": dict(sorted(self._dense.items())),
+        }
 
     def count_dense(self, reason: str) -> None:
         """Note that a layer computed a prompt densely."""

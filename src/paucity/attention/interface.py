@@ -6,7 +6,7 @@ carries its policy in an attribute of its own, so that a deep copy of a model is
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..checks import InputError
-from ..kernels.attention import sparse_attention
 from ..ops.formats.stripes import Window, causal_mask
-from .policy import Prompt
+from .prompt import Prompt
+from .rotary import Rotary
 
 if TYPE_CHECKING:
     from .apply import AppliedAttention
@@ -29,10 +29,11 @@ _FOREVER = torch.iinfo(torch.int32).max
 
 @dataclass
 class Site:
-    """What an attention module carries: the policy in force and the index of the layer."""
+    """What an attention module carries: the policy in force, the index of the layer, and how it turns positions."""
 
     applied: "AppliedAttention"
     layer: int
+    rotary: Rotary | None = None
 
 
 def attention_mask(
@@ -128,17 +129,18 @@ def attention(
         if kwargs.get(unknown) is not None:
             raise InputError(f"attention: {type(module).__name__} must use plain attention, got {unknown}.")
     site = getattr(module, ATTRIBUTE, None)
-    site = site if isinstance(site, Site) and query.shape[2] > 1 else None
+    ruled = isinstance(site, Site) and (query.shape[2] > 1 or site.applied.policy.decodes)
+    site = site if ruled else None
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or (attention_mask is not None and attention_mask.ndim != 2):
         if site is not None:
             site.applied.count_dense("mask of another kind")
         return _dense(module, query, key, value, attention_mask, scale, softcap, dropout, causal), None
-    length, padding, window, dropped = _read_mask(attention_mask, len(query), key.shape[2])
+    padding, window, dropped = _read_mask(attention_mask, len(query), key.shape[2])
     if site is not None:
-        prompt = Prompt(site.layer, scale, softcap, padding, dropped, window)
-        out = _by_policy(site, query, key, value, prompt, length, dropout)
+        prompt = Prompt(site.layer, scale, softcap, window, rotary=site.rotary)
+        out = _by_policy(site, query, key, value, prompt, padding, dropped, dropout)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
     queries, keys = query.shape[2], key.shape[2]
@@ -149,45 +151,81 @@ def attention(
 
 
 def _by_policy(
-    site: Site, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, length: int, dropout: float
+    site: Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Prompt,
+    padding: Tensor | None,
+    dropped: Tensor | None,
+    dropout: float,
 ) -> Tensor | None:
-    """Attention of a prompt ``[B, H, Tq, Dv]``, or None where it must be dense; counts what is computed."""
+    """Attention of a prompt ``[B, H, Tq, Dv]``, or None where all of it must be dense; counts what is computed."""
     applied, policy = site.applied, site.applied.policy
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    pairs = Window(keys).kept_pairs(queries, keys, padding=prompt.padding, window=prompt.window).expand(batch, 1)
-    if site.layer not in applied.layers or length < policy.min_length or dropout:
-        applied.count_pairs(site.layer, heads, pairs, pairs)
-        if site.layer in applied.layers:
-            applied.count_dense("attention dropout" if dropout else "prompt shorter than min_length")
+    texts = _texts(padding, dropped, len(query), key.shape[2])
+    longest = max((stop - first + gone for first, stop, gone in texts or ()), default=0)
+    reason = None
+    if dropout:
+        reason = "attention dropout"
+    elif texts is None:
+        reason = "padding inside the text"
+    elif longest < policy.min_length:
+        reason = "prompt shorter than min_length"
+    if reason is not None or texts is None or site.layer not in applied.layers:
+        pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window, padding).expand(len(query), 1)
+        applied.count_pairs(site.layer, query.shape[1], pairs, pairs)
+        if site.layer in applied.layers and reason is not None:
+            applied.count_dense(reason)
         return None
-    pattern = policy.select(query, key, prompt)
-    kept = pattern.kept_pairs(queries, keys, padding=prompt.padding, window=prompt.window)
-    if kept.shape[1] not in (1, heads):
-        kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)
-    applied.count_pairs(site.layer, heads, kept.expand(batch, -1), pairs)
-    return sparse_attention(
-        query,
-        key,
-        value,
-        pattern,
-        scale=prompt.scale,
-        softcap=prompt.softcap,
-        padding=prompt.padding,
-        window=prompt.window,
-    )
+    if len(texts) == 1 and (0, key.shape[2]) == next(iter(texts))[:2]:
+        return applied.attend(query, key, value, replace(prompt, dropped=next(iter(texts))[2]))
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    before = key.shape[2] - query.shape[2]
+    for (first, stop, gone), rows in texts.items():
+        begin = max(0, first - before)
+        if stop - before <= begin:  # no query of these texts is among the queries
+            continue
+        mine, theirs = slice(begin, stop - before), slice(first, stop)
+        taken = query[rows, :, mine], key[rows, :, theirs], value[rows, :, theirs]
+        out[rows, :, mine] = applied.attend(*taken, replace(prompt, dropped=gone))
+    return out
 
 
-def _read_mask(reach: Tensor | None, batch: int, num_keys: int) -> tuple[int, Tensor | None, int | None, Tensor | None]:
-    """Length of the text, padding ``[B, Tk]``, window, keys dropped by the cache ``[B]``, from `attention_mask`."""
+def _texts(
+    padding: Tensor | None, dropped: Tensor | None, batch: int, num_keys: int
+) -> dict[tuple[int, int, int], list[int]] | None:
+    """Rows of the batch by (first key, end, keys dropped) of their text; None if padding lies inside of one."""
+    gone = [0] * batch if dropped is None else dropped.expand(batch).tolist()
+    spans = [(0, num_keys)] * batch
+    if padding is not None:
+        counts, first = padding.sum(-1).tolist(), padding.int().argmax(-1).tolist()
+        spans = [(start, start + count) for start, count in zip(first, counts, strict=True)]
+        inside = torch.arange(num_keys, device=padding.device)
+        ends = torch.tensor(spans, device=padding.device)
+        if (padding != (inside >= ends[:, :1]) & (inside < ends[:, 1:])).any():
+            return None
+    texts: dict[tuple[int, int, int], list[int]] = {}
+    for row, (start, stop) in enumerate(spans):
+        if stop > start:
+            texts.setdefault((start, stop, gone[row]), []).append(row)
+    return texts
+
+
+def exact_pairs(num_queries: int, num_keys: int, window: int | None, padding: Tensor | None = None) -> Tensor:
+    """Pairs of a query and a key that it sees in the dense model, ``[B or 1, 1]`` int64; padding is not counted."""
+    return Window(max(1, num_keys)).kept_pairs(num_queries, num_keys, padding=padding, window=window)
+
+
+def _read_mask(reach: Tensor | None, batch: int, num_keys: int) -> tuple[Tensor | None, int | None, Tensor | None]:
+    """Padding ``[B, Tk]``, window, keys dropped by the cache ``[B]``, from what `attention_mask` returned."""
     if reach is None:
-        return num_keys, None, None, None
-    length = reach.shape[1]
+        return None, None, None
     valid = (reach > 0).expand(batch, -1)
-    gone = length - num_keys
+    gone = reach.shape[1] - num_keys
     widest = int(reach.max())
     padding = None if bool(valid[:, gone:].all()) else valid[:, gone:]
     dropped = valid[:, :gone].sum(-1) if gone else None
-    return length, padding, widest if 0 < widest < num_keys else None, dropped
+    return padding, widest if 0 < widest < num_keys else None, dropped
 
 
 def _dense(

@@ -13,9 +13,6 @@ The choice rests on the last queries, so an earlier token's output depends on la
 query sees is never later than itself. Not here: the paper's other two head types (A-shape is
 `paucity.attention.sink_window`, block-sparse is missing) and the offline search that gives each head its type and
 budget; all heads have the same budget.
-
-Blocks start at the first token of the batch, padding included, so that left padding moves where tiles are cut: the
-lines chosen are those of the text alone, the keys beside a slash differ unless ``q_block`` divides the padding.
 """
 
 import torch
@@ -24,7 +21,8 @@ from torch import Tensor
 
 from ..ops.formats.stripes import KeyLists, causal_mask
 from ..ops.select import num_kept, topk_mask
-from .policy import PrefillPolicy, Prompt
+from .policy import PrefillPolicy
+from .prompt import Prompt
 
 
 class VerticalSlash(PrefillPolicy):
@@ -57,25 +55,18 @@ class VerticalSlash(PrefillPolicy):
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> KeyLists:
         """The choice of every head, as key lists."""
         vertical_score, slash_score = line_scores(query, key, prompt, num_last=self.num_last_queries)
-        vertical, slash = self.lines(vertical_score, slash_score, prompt.padding)
-        return line_pattern(vertical, slash, num_queries=query.shape[2], q_block=self.q_block, padding=prompt.padding)
+        vertical, slash = self.lines(vertical_score, slash_score)
+        return line_pattern(vertical, slash, num_queries=query.shape[2], q_block=self.q_block)
 
-    def lines(self, vertical_score: Tensor, slash_score: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them by the length of each text."""
-        batch, _, keys = vertical_score.shape
-        valid = torch.ones(batch, keys, dtype=torch.bool) if padding is None else padding
-        rank = (valid.cumsum(-1) - 1)[:, None]
-        vertical_score = vertical_score.masked_fill(rank < self.forced_vertical, torch.inf)
-        vertical_score = vertical_score.masked_fill(~valid[:, None], -torch.inf)
-        distance = torch.arange(keys, device=slash_score.device)
-        slash_score = slash_score.masked_fill(distance < self.forced_slash, torch.inf)
-        vertical, slash = [], []
-        for row, length in enumerate(valid.sum(-1).tolist()):
-            num_vertical, num_slash = self.budgets(length)
-            vertical.append(topk_mask(vertical_score[row], k=num_vertical))
-            # Distances that the text does not have carry no mass, and lose against shorter ones that carry none either.
-            slash.append(topk_mask(slash_score[row], k=num_slash))
-        return torch.stack(vertical), torch.stack(slash)
+    def lines(self, vertical_score: Tensor, slash_score: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them."""
+        keys = vertical_score.shape[-1]
+        place = torch.arange(keys, device=vertical_score.device)
+        num_vertical, num_slash = self.budgets(keys)
+        vertical_score = vertical_score.masked_fill(place < self.forced_vertical, torch.inf)
+        # A distance that the last queries do not have carries no mass.
+        slash_score = slash_score.masked_fill(place < self.forced_slash, torch.inf)
+        return topk_mask(vertical_score, k=num_vertical), topk_mask(slash_score, k=num_slash)
 
 
 def line_scores(query: Tensor, key: Tensor, prompt: Prompt, *, num_last: int = 64) -> tuple[Tensor, Tensor]:
@@ -84,7 +75,7 @@ def line_scores(query: Tensor, key: Tensor, prompt: Prompt, *, num_last: int = 6
     Args:
         query: ``[B, H, Tq, D]``.
         key: ``[B, H_kv, Tk, D]``.
-        prompt: scale, softcap, padding and window of the layer.
+        prompt: scale, softcap and window of the layer.
         num_last: queries used, or all if there are fewer.
 
     Returns:
@@ -97,18 +88,15 @@ def line_scores(query: Tensor, key: Tensor, prompt: Prompt, *, num_last: int = 6
     logits = (last.reshape(batch, group_heads, -1, dim) @ key.detach().mT).float().view(batch, heads, rows, keys)
     if prompt.softcap is not None:
         logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
-    seen = causal_mask(rows, keys, padding=prompt.padding, window=prompt.window, device=key.device)
-    # A query that sees nothing is padding: it has no say.
-    prob = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    seen = causal_mask(rows, keys, window=prompt.window, device=key.device)
+    prob = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     # In the mirrored row r, distance d is at d + rows - 1 - r: read in rows shorter by one, each is in one column.
     mirrored = torch.nn.functional.pad(prob.flip(-1), (0, rows))
     flat = mirrored.flatten(-2)[..., rows - 1 : rows - 1 + rows * (keys + rows - 1)]
     return prob.sum(-2), flat.view(batch, heads, rows, -1)[..., :keys].sum(-2)
 
 
-def line_pattern(
-    vertical: Tensor, slash: Tensor, *, num_queries: int, q_block: int, padding: Tensor | None = None
-) -> KeyLists:
+def line_pattern(vertical: Tensor, slash: Tensor, *, num_queries: int, q_block: int) -> KeyLists:
     """The key lists of kept columns and distances.
 
     Args:
@@ -116,10 +104,10 @@ def line_pattern(
         slash: ``[B, H, Tk]`` bool by distance.
         num_queries: the last tokens are queries.
         q_block: queries in a block.
-        padding: ``[B, Tk]`` bool; keys that are False are in no list.
     """
     keys, device = vertical.shape[-1], vertical.device
-    start = torch.arange(keys - num_queries, keys, q_block, device=device)
+    first = keys - num_queries
+    start = torch.arange(first - first % q_block, keys, q_block, device=device)
     # Key j is in the tile of distance d if start - j <= d < start - j + q_block. That depends on j - start alone:
     # covered says it for j - start from -keys on, and every block reads its part of it, the last block first.
     before = torch.nn.functional.pad(slash.cumsum(-1, dtype=torch.int32), (q_block, 0))
@@ -128,6 +116,4 @@ def line_pattern(
     covered = torch.nn.functional.pad(covered, (0, keys))[..., keys - int(start[-1]) :]
     kept = covered.unfold(-1, keys, q_block)[..., : len(start), :].flip(-2)
     kept |= vertical.unsqueeze(-2) & (torch.arange(keys, device=device) < (start + q_block).unsqueeze(-1))
-    if padding is not None:
-        kept &= padding[:, None, None]
     return KeyLists.from_mask(kept, q_block=q_block)

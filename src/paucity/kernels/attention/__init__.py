@@ -8,14 +8,22 @@ from torch import Tensor
 
 from ...checks import check_floating, check_shape
 from ..dispatch import check_devices
-from .check import check_problem, default_scale
+from .check import check_problem, check_tensors, default_scale
 from .merge import merge_attention
 from .op import flat, sparse_attention_op
 from .problem import Pattern, Problem
 from .recall import attention_recall
 from .tiles import as_key_lists
 
-__all__ = ["Pattern", "Problem", "as_key_lists", "attention_recall", "merge_attention", "sparse_attention"]
+__all__ = [
+    "Pattern",
+    "Problem",
+    "as_key_lists",
+    "attention_recall",
+    "check_tensors",
+    "merge_attention",
+    "sparse_attention",
+]
 
 
 @overload

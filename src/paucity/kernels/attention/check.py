@@ -31,7 +31,7 @@ def default_scale(name: str, query: Tensor) -> float:
 
 def check_problem(name: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> None:
     """Raise InputError unless all parts fit each other; indices are not read."""
-    _check_tensors(name, query, key, value)
+    check_tensors(name, query, key, value)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     check_range(name, "scale", problem.scale, open_low=True, open_high=True)
@@ -56,7 +56,8 @@ def check_problem(name: str, query: Tensor, key: Tensor, value: Tensor, problem:
     _check_pattern(name, query, key, problem.pattern)
 
 
-def _check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise InputError unless shapes, dtypes and devices of ``[B, H, T, D]`` tensors fit each other."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         check_ndim(name, argument, tensor, 4)
         check_computable(name, argument, tensor)

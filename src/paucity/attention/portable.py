@@ -1,0 +1,103 @@
+"""Policies as JSON: ``{"method": name, option: value, ...}``, by the names of the catalogue."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .. import catalog
+from ..checks import InputError, InputTypeError, check_choice, fail
+from .policy import PolicySearch, PrefillPolicy
+
+FAMILY = "attention"
+
+
+def methods() -> dict[str, catalog.Method]:
+    """The attention methods of the catalogue, those of plug-ins included."""
+    return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY}
+
+
+def options_for(method: str) -> type[PrefillPolicy] | type[PolicySearch]:
+    """The options of a method: its policy, or the search that finds one.
+
+    Raises:
+        InputError: if there is no such method.
+    """
+    check_choice("options_for", "method", method, methods())
+    found: type[PrefillPolicy] | type[PolicySearch] = catalog.get(method).load()
+    return found
+
+
+def method_name(options: BaseModel) -> str:
+    """The name in the catalogue of the method that these are the options of.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    kind = type(options)
+    for name, method in methods().items():
+        if f"{method.package}.{method.target}" == f"{kind.__module__}:{kind.__qualname__}":
+            return name
+    raise fail("method_name", "options", "be of a method in the catalogue", kind.__name__)
+
+
+def to_json(policy: PrefillPolicy) -> dict[str, Any]:
+    """``policy`` as JSON values; what has its default is left out."""
+    return {"method": method_name(policy), **policy.model_dump(mode="json", exclude_defaults=True)}
+
+
+def from_json(data: dict[str, Any]) -> PrefillPolicy:
+    """The policy that `to_json` gave.
+
+    Raises:
+        InputError: if the method is absent, unknown or a search, or an option is wrong.
+    """
+    if not isinstance(data, dict):
+        raise InputTypeError(f"from_json: policy must be a mapping, got {type(data).__name__}.")
+    if "method" not in data:
+        raise fail("from_json", "method", "be given", sorted(data))
+    kind = options_for(str(data["method"]))
+    if not issubclass(kind, PrefillPolicy):
+        raise fail("from_json", "method", "be a policy, not a search", data["method"])
+    try:
+        return kind.model_validate({key: value for key, value in data.items() if key != "method"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"from_json: {data['method']} must have valid options, got {where}: {first['msg']}.") from None
+
+
+def save_policy(policy: PrefillPolicy, path: str | Path) -> None:
+    """Write a policy as a JSON file, complete or not at all; an older file of that name is replaced."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_json(policy)) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_policy(path: str | Path) -> PrefillPolicy:
+    """Read what `save_policy` wrote.
+
+    Raises:
+        InputError: if there is no such file, or no valid policy in it.
+    """
+    return from_json(read_json(path))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise fail("load_policy", "path", "be a JSON file", f"{path}, which does not exist")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise fail("load_policy", str(path), "be valid JSON", "something else") from None
+    if not isinstance(data, dict):
+        raise fail("load_policy", str(path), "hold a mapping", type(data).__name__)
+    return data
