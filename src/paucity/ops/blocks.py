@@ -1,0 +1,96 @@
+"""Blocks of a text: pooled vectors, and masks over blocks of queries and blocks of keys.
+
+Queries are the last of the keys, and blocks lie at multiples of the block size of the text: query ``i`` stands at
+position ``i + num_keys - num_queries``, so that the first block of queries may lack its front. Both ends may be short.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_int, check_ndim
+from .formats.block import BlockMask
+
+
+def pool_blocks(
+    x: Tensor, block_size: int, *, start: int = 0, reduce: Literal["mean", "sum", "amax", "amin"] = "mean"
+) -> Tensor:
+    """One vector for each block of the text, over those of its tokens that are there.
+
+    Args:
+        x: ``[..., T, D]`` float, the tokens ``start`` to ``start + T`` of the text.
+        block_size: tokens in a block.
+        start: tokens of the text that come before.
+        reduce: how the vectors of a block become one.
+
+    Returns:
+        ``[..., n, D]`` float32 (float64 for float64), for the blocks from ``start // block_size`` to that of the last
+        token.
+
+    Raises:
+        InputError: if ``block_size`` is less than 1, ``start`` less than 0, or ``reduce`` unknown.
+    """
+    check_int("pool_blocks", "block_size", block_size)
+    check_int("pool_blocks", "start", start, 0)
+    check_choice("pool_blocks", "reduce", reduce, ("mean", "sum", "amax", "amin"))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    lead, length = start % block_size, x.shape[-2]
+    num_blocks = -(-(lead + length) // block_size)
+    rest = num_blocks * block_size - lead - length
+    empty = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
+    tiles = torch.nn.functional.pad(wide, (0, 0, lead, rest), value=empty)
+    tiles = tiles.reshape(*x.shape[:-2], num_blocks, block_size, x.shape[-1])
+    if reduce in ("amax", "amin"):
+        return tiles.amax(-2) if reduce == "amax" else tiles.amin(-2)
+    total = tiles.sum(-2)
+    if reduce == "sum":
+        return total
+    return total / block_lengths(length, block_size, start=start, device=x.device).unsqueeze(-1)
+
+
+def block_lengths(length: int, block_size: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
+    """How many of the tokens ``start`` to ``start + length`` are in each block: ``[n]`` int64, as `pool_blocks`."""
+    first = start // block_size
+    edges = torch.arange(first, -(-(start + length) // block_size) + 1, device=device) * block_size
+    return edges.clamp(start, start + length).diff()
+
+
+def visible_blocks(
+    num_queries: int,
+    num_keys: int,
+    q_block: int,
+    k_block: int,
+    *,
+    window: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Blocks with a pair of a query and a key that it sees: bool ``[blocks of queries, blocks of keys]``.
+
+    Args:
+        num_queries: the last tokens.
+        num_keys: all tokens.
+        q_block: queries in a block.
+        k_block: keys in a block.
+        window: keys visible to a query, itself included; None is all.
+        device: where the mask lives.
+    """
+    first = num_keys - num_queries
+    low = (torch.arange(first // q_block, -(-num_keys // q_block), device=device) * q_block).clamp(min=first)
+    high = (low // q_block * q_block + q_block).clamp(max=num_keys)
+    start = torch.arange(0, num_keys, k_block, device=device)
+    seen = start < high.unsqueeze(-1)
+    if window is not None:
+        seen &= (start + k_block).clamp(max=num_keys) > (low - window + 1).unsqueeze(-1)
+    return seen
+
+
+def block_mask(blocks: Tensor, num_queries: int, num_keys: int, *, q_block: int, k_block: int) -> BlockMask:
+    """A `BlockMask` of ``blocks`` ``[B, H, n, m]``, whose first block of queries is whole (``q_len`` counts its front).
+
+    Raises:
+        InputError: if the shape does not fit.
+    """
+    check_ndim("block_mask", "blocks", blocks, 4)
+    lead = (num_keys - num_queries) % q_block
+    return BlockMask(blocks, q_block, k_block, num_queries + lead, num_keys)

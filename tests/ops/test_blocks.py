@@ -1,0 +1,53 @@
+"""Blocks of a text, by loops."""
+
+import pytest
+import torch
+
+from paucity.checks import InputError
+from paucity.ops.blocks import block_lengths, block_mask, pool_blocks, visible_blocks
+
+sizes = pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 16), (0, 17), (5, 3), (5, 30), (16, 9), (15, 1)])
+
+
+@sizes
+@pytest.mark.parametrize("reduce", ["mean", "sum", "amax", "amin"])
+def test_pooled_over_the_tokens_that_are_there(start, length, reduce):
+    x = torch.randn(2, 3, length, 4, generator=torch.Generator().manual_seed(length))
+    found = pool_blocks(x, 8, start=start, reduce=reduce)
+    first, last = start // 8, (start + length - 1) // 8
+    assert found.shape == (2, 3, last - first + 1, 4)
+    lengths = block_lengths(length, 8, start=start)
+    for block in range(first, last + 1):
+        rows = [t - start for t in range(start, start + length) if t // 8 == block]
+        wanted = getattr(x[:, :, rows], reduce)(2)
+        torch.testing.assert_close(found[:, :, block - first], wanted)
+        assert lengths[block - first] == len(rows)
+
+
+def test_pooling_keeps_float64_and_widens_bfloat16():
+    assert pool_blocks(torch.ones(3, 2, dtype=torch.float64), 2).dtype == torch.float64
+    assert pool_blocks(torch.ones(3, 2, dtype=torch.bfloat16), 2).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1), (17, 17), (5, 30), (16, 48), (3, 9)])
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_visible_blocks_have_a_visible_pair(tq, tk, window):
+    found = visible_blocks(tq, tk, 8, 4, window=window)
+    first = (tk - tq) // 8
+    wanted = torch.zeros_like(found)
+    for i in range(tk - tq, tk):
+        for j in range(tk):
+            if j <= i and (window is None or j > i - window):
+                wanted[i // 8 - first, j // 4] = True
+    assert torch.equal(found, wanted)
+    mask = block_mask(found[None, None], tq, tk, q_block=8, k_block=4)
+    assert mask.q_len == tq + (tk - tq) % 8
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="reduce must be one of"):
+        pool_blocks(torch.ones(3, 2), 2, reduce="median")
+    with pytest.raises(InputError, match="block_size must be"):
+        pool_blocks(torch.ones(3, 2), 0)
+    with pytest.raises(InputError, match="blocks must have 4 dimensions"):
+        block_mask(torch.ones(2, 2, dtype=torch.bool), 8, 8, q_block=4, k_block=4)
