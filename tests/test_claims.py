@@ -25,7 +25,10 @@ def test_every_claim_names_its_paper_and_can_be_run(name):
     assert name in {claim for method in METHODS.values() for claim in method.claims}
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+ON_A_MODEL = [name for name in CLAIMS if "loaded" in inspect.signature(load_claim(name).run).parameters]
+
+
+@pytest.mark.parametrize("name", ON_A_MODEL)
 def test_a_claim_on_a_random_model_says_what_it_measured(tiny_model, name, monkeypatch):
     module = load_claim(name)
     model = tiny_model("llama", vocab_size=300)
