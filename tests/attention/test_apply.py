@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from paucity.attention import PerHead
 from paucity.attention.apply import apply, apply_step, remove
 from paucity.attention.portable import options_for
 from paucity.checks import InputError
@@ -196,6 +198,45 @@ def test_short_prompts_are_dense_and_said_so():
     assert applied.density() == {}
 
 
+def test_what_is_not_finite_is_dense_and_said_so():
+    model, ids = model_of("llama"), tokens(40)
+    applied = apply(model, policy("sink_window", "sparse"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    ids[0, 20] = 5
+    found = model.model(ids).last_hidden_state
+    assert applied.state()["dense_prompts"] == {"values that are not finite": 2}
+    assert found[:, 20:].isnan().all()
+
+
+def test_padding_inside_a_text_is_dense_and_right_padding_is_not():
+    model, ids = model_of("llama"), tokens(40, 2)
+    dense_holes = torch.ones(2, 40, dtype=torch.long)
+    dense_holes[1, 10:15] = 0
+    right = torch.ones(2, 40, dtype=torch.long)
+    right[1, 29:] = 0
+    dense = logits(model, ids, attention_mask=dense_holes)
+    applied = apply(model, policy("vertical_slash", "sparse"))
+    alone = logits(model, ids[1:, :29])
+    found = logits(model, ids, attention_mask=right)
+    torch.testing.assert_close(found[1:, :29], alone, atol=1e-5, rtol=1e-5)
+    assert applied.state()["dense_prompts"] == {}
+    found = logits(model, ids, attention_mask=dense_holes)
+    torch.testing.assert_close(found[dense_holes.bool()], dense[dense_holes.bool()], atol=1e-5, rtol=1e-5)
+    assert applied.state()["dense_prompts"] == {"padding inside the text": 2}
+
+
+def test_short_rows_of_a_long_batch_are_dense():
+    model, ids = model_of("llama"), tokens(40, 2)
+    mask = torch.arange(40) >= torch.tensor([[0], [20]])
+    dense = logits(model, ids, attention_mask=mask.long())
+    applied = apply(model, policy("sink_window", "sparse", min_length=30))
+    found = logits(model, ids, attention_mask=mask.long())
+    torch.testing.assert_close(found[1, 20:], dense[1, 20:], atol=1e-5, rtol=1e-5)
+    assert (found[0] - dense[0]).abs().max() > 1e-2
+    assert applied.state()["dense_prompts"] == {"prompt shorter than min_length": 2}
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_packed_texts_stay_apart(kind):
     model, ids = model_of(kind), tokens(40)
@@ -243,6 +284,14 @@ def test_bad_input():
         apply(torch.nn.Linear(2, 2), policy("sink_window", "sparse"))
     with pytest.raises(InputError, match=r"did you mean 'sink_window'"):
         options_for("sink_windows")
+    choices = [policy("sink_window", "sparse")]
+    with pytest.raises(InputError, match="assignment must have 2 layers, got 3"):
+        apply(model, PerHead(choices=choices, assignment=[0, 0, 0]))
+    with pytest.raises(InputError, match="assignment must have 4 heads in every layer, got 3"):
+        apply(model, PerHead(choices=choices, assignment=[0, [0, 0, 0]]))
+    with pytest.raises(ValidationError, match="assignment must index one of the 1 choices, got 1"):
+        PerHead(choices=choices, assignment=[1])
+    assert model.config._attn_implementation == "eager"
     apply(model, policy("sink_window", "sparse"))
     with pytest.raises(InputError, match="model must carry no policy yet"):
         apply(model, policy("sink_window", "sparse"))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 Observer = Callable[[Tensor, Tensor, Tensor, Prompt, Attended, float], None]
-"""Told of every prompt: query, key, value, prompt, what the policy made of it and the seconds that this took."""
+"""Told of every prompt that was not dense: query, key, value, prompt, what the policy made of it, and its seconds."""
 
 
 def apply_step(loaded: "Loaded", method: str, options: BaseModel, calibration: list[Tensor]) -> "AppliedAttention":
@@ -116,7 +116,8 @@ class AppliedAttention:
         done = attend_exactly(query, key, value, prompt) if reason else self.policy.compute(query, key, value, prompt)
         seconds = time.perf_counter() - started
         if self.observer is not None:
-            self.observer(query, key, value, prompt, done, seconds)
+            if reason is None:
+                self.observer(query, key, value, prompt, done, seconds)
             return done.out
         pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window).expand(len(query), 1)
         self.count_pairs(prompt.layer, query.shape[1], done.kept.expand(len(query), -1), pairs)
