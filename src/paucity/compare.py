@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .attention import AppliedAttention, observe
 from .checks import InputError, fail
 from .kernels.dispatch import dense_runs
 from .measure import cost, quality, retrieval
@@ -21,12 +22,15 @@ from .measure.tokens import context_length, encode, leading_ids
 from .models.applied import Combined
 from .models.load import Loaded
 from .recipe import Measure, Recipe
-from .report import Measurement, PrefillTime, Retrieval
+from .report import AttentionLayer, Measurement, PrefillTime, Retrieval, picture_png
 
 Stage = Callable[[str, Callable[[], Any]], Any]
 """Runs a measurement under a name and gives its JSON value; one that was done before is read back."""
 
 Progress = Callable[[str], None]
+
+MOST_OBSERVED = 8192
+"""Tokens of the prompt of which the recall of attention is measured; it costs as much as dense attention, and more."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,9 @@ def compare(
         on_progress: told what is being done.
 
     Returns:
-        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density", "notes", "dense_runs"}``; the notes are
-        a list for each step; the last says how often a kernel ran dense, by reason, in what was evaluated and timed).
+        (dense, sparse, ``{"num_tokens", "num_bytes", "density", "head_density", "notes", "dense_runs",
+        "attention"}``; the notes are a list for each step; then how often a kernel ran dense, by reason, in what was
+        evaluated and timed; and what the heads read, layer by layer).
     """
     tokenizer = dense.need_tokenizer("run")
     models = {"dense": dense.model, "sparse": sparse.model}
@@ -128,6 +133,8 @@ def compare(
             on_progress(f"{name}: {task} at {length} tokens")
             make = partial(_retrieval, plan, model, tokenizer, task, length, text)
             fields[name]["retrieval"].append(stage(f"{name}.{task}.{length}", make))
+    on_progress("sparse: what the heads read")
+    watched = stage("attention", partial(_attention, plan, applied))
     timed = stage("cost", partial(_costs, plan, models, on_progress))
     ran_dense = Counter(evaluated["sparse"]["dense_runs"]) + Counter(timed.pop("dense_runs"))
     for name in models:
@@ -135,7 +142,7 @@ def compare(
         if passkeys:
             fields[name]["passkey_accuracy"] = max(passkeys, key=lambda entry: entry["length"])["accuracy"]
         fields[name] |= timed[name]
-    facts = evaluated["sparse"] | {"dense_runs": ran_dense}
+    facts = evaluated["sparse"] | {"dense_runs": ran_dense, "attention": watched}
     fields["sparse"]["density"] = facts["density"]
     fields["dense"]["density"] = dict.fromkeys(facts["density"], 1.0)
     return Measurement(**fields["dense"]), Measurement(**fields["sparse"]), facts
@@ -173,6 +180,30 @@ def _densities(applied: Combined) -> dict[str, Any]:
     ]
     found = heads[-1] if heads and heads[-1] else None
     return {"density": applied.density(), "head_density": found, "notes": notes}
+
+
+def _attention(plan: Plan, applied: Combined) -> list[dict[str, Any]]:
+    """What the steps on attention did to the timed prompt, layer by layer."""
+    seen = [
+        entry
+        for step in applied.steps
+        if isinstance(step, AppliedAttention)
+        for entry in observe(step, plan.prompt[:, :MOST_OBSERVED], repeats=plan.measure.repeats)
+    ]
+    return [
+        AttentionLayer(
+            layer=entry.layer,
+            tokens=entry.num_keys,
+            density=entry.density.tolist(),
+            recall=None if entry.recall is None else entry.recall.tolist(),
+            output_error=entry.output_error.tolist(),
+            select_ms=1000 * entry.select_seconds,
+            sparse_ms=1000 * entry.seconds,
+            dense_ms=1000 * entry.dense_seconds,
+            pictures=[] if entry.picture is None else [picture_png(head.tolist()) for head in entry.picture],
+        ).model_dump()
+        for entry in seen
+    ]
 
 
 def _retrieval(

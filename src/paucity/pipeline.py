@@ -136,6 +136,7 @@ def run(
         sparse=after,
         steps=records,
         head_density=facts["head_density"],
+        attention=facts["attention"],
     )
     report.write(folder.partial / "report.json")
     _write(folder.partial / "report.html", render(report))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from paucity.report import (
+    AttentionLayer,
     Environment,
     Measurement,
     ModelFacts,
@@ -15,6 +16,7 @@ from paucity.report import (
     StepRecord,
     TextFacts,
     TextUse,
+    picture_png,
 )
 
 ENVIRONMENT = Environment(paucity="0.1.0", python="3.11", torch="2.13", transformers="5.0", cpu="an x86", threads=2)
@@ -60,6 +62,20 @@ def _report(**changes: Any) -> Report:
         "sparse": _measured(**sparse, flops=4e10, density=dict.fromkeys(SITES, 0.5)),
         "steps": [StepRecord(method="wanda", family="weights", options={"sparsity": 0.5}, density=0.5, seconds=3.0)],
         "head_density": [[0.1, 0.5], [None, 1.0]],
+        "attention": [
+            AttentionLayer(
+                layer=layer,
+                tokens=4096,
+                density=[0.1, 0.5],
+                recall=[0.9, 0.95] if layer else None,
+                output_error=[0.05, 0.02],
+                select_ms=2.0,
+                sparse_ms=50.0,
+                dense_ms=250.0,
+                pictures=[picture_png([[1.0, float("nan")], [0.0, 0.5]])] * 2 if layer else [],
+            )
+            for layer in (0, 1)
+        ],
     }
     return Report(**fields | changes)
 
@@ -67,7 +83,7 @@ def _report(**changes: Any) -> Report:
 def _bare() -> Report:
     """A report in which nothing was measured."""
     empty = Measurement()
-    return _report(dense=empty, sparse=empty, steps=[], recipe={}, text=TextUse(), head_density=None)
+    return _report(dense=empty, sparse=empty, steps=[], recipe={}, text=TextUse(), head_density=None, attention=[])
 
 
 @pytest.fixture(scope="session")

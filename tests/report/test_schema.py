@@ -144,7 +144,7 @@ def test_rows_judge_by_direction_and_noise(make_report, make_measurement, make_r
         "−50.0 points",
         "worse",
     )
-    assert rows(make_report(dense=Measurement(), sparse=Measurement())) == []
+    assert rows(make_report(dense=Measurement(), sparse=Measurement(), attention=[])) == []
 
 
 def test_console_table_fits_80_columns_without_markup_or_colour(make_report):

@@ -6,7 +6,6 @@ that are neither causal nor a sliding window (packed sequences, static caches, m
 `AppliedAttention.state` says how often a prompt was computed densely, and why.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from ..models.load import Loaded
 
 
-Observer = Callable[[Tensor, Tensor, Tensor, Prompt, Attended, float], None]
-"""Told of every prompt that was not dense: query, key, value, prompt, what the policy made of it, and its seconds."""
+Observer = Callable[[Tensor, Tensor, Tensor, Prompt, Attended], None]
+"""Told of every prompt that was not dense: query, key, value, prompt and what the policy made of it."""
 
 
 def apply_step(loaded: "Loaded", method: str, options: BaseModel, calibration: list[Tensor]) -> "AppliedAttention":
@@ -112,12 +111,10 @@ class AppliedAttention:
             reason = "values that are not finite"
         if reason is not None:
             self.count_dense(reason)
-        started = time.perf_counter()
         done = attend_exactly(query, key, value, prompt) if reason else self.policy.compute(query, key, value, prompt)
-        seconds = time.perf_counter() - started
         if self.observer is not None:
             if reason is None:
-                self.observer(query, key, value, prompt, done, seconds)
+                self.observer(query, key, value, prompt, done)
             return done.out
         pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window).expand(len(query), 1)
         self.count_pairs(prompt.layer, query.shape[1], done.kept.expand(len(query), -1), pairs)

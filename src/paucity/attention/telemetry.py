@@ -1,5 +1,7 @@
 """What a policy did to one prompt, layer by layer: density, recall of attention mass, error, time and pictures."""
 
+import statistics
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checks import fail
-from ..kernels.attention import Problem, attention_recall
+from ..checks import check_int
+from ..kernels.attention import Problem, attention_recall, dense
 from ..kernels.attention.pairs import visible
-from ..ops.formats.stripes import causal_mask
+from ..ops.formats.stripes import Window, causal_mask
 from .apply import AppliedAttention
 from .compute import Attended, Part, attend_exactly, first_row, lead_of, take_heads
 from .interface import exact_pairs
+from .policy import PrefillPolicy
 from .prompt import Prompt
 
 
@@ -30,8 +33,10 @@ class LayerTelemetry:
         recall: ``[H]`` float32, share of the dense attention mass that the pattern keeps, mean over queries; None for a
             method that is not attention over a pattern.
         output_error: ``[H]`` float32, norm of the difference from dense attention over the norm of that.
+        seconds: time of the attention, median of some rounds in turns with dense.
         select_seconds: time of the choice, part of ``seconds``.
-        seconds: time of the attention.
+        dense_seconds: time of ``scaled_dot_product_attention`` on the same prompt; in layers with a soft cap or a
+            window, which it does not have, that of our own exact attention.
         picture: ``[H, n, n]`` float32, the share of the visible pairs that was computed, in cells of equal numbers of
             queries (down) and keys (across); NaN in cells of which nothing is visible. None like ``recall``.
     """
@@ -42,19 +47,23 @@ class LayerTelemetry:
     density: Tensor
     recall: Tensor | None
     output_error: Tensor
-    select_seconds: float
     seconds: float
+    select_seconds: float
+    dense_seconds: float
     picture: Tensor | None
 
 
 @torch.no_grad()
-def observe(applied: AppliedAttention, input_ids: Tensor, *, cells: int = 32, **inputs: Any) -> list[LayerTelemetry]:
+def observe(
+    applied: AppliedAttention, input_ids: Tensor, *, cells: int = 48, repeats: int = 3, **inputs: Any
+) -> list[LayerTelemetry]:
     """Run one prompt and tell what the policy did; costs several dense prefills, and counts in no density.
 
     Args:
         applied: a policy in force.
         input_ids: ``[B, T]`` int64.
         cells: pictures have this many cells a side, or as many as there are tokens.
+        repeats: rounds of timing.
         inputs: what else the model takes, as ``attention_mask`` and ``past_key_values``.
 
     Returns:
@@ -62,14 +71,15 @@ def observe(applied: AppliedAttention, input_ids: Tensor, *, cells: int = 32, **
         because of its length or its mask.
 
     Raises:
-        InputError: if ``cells`` is less than 1.
+        InputError: if ``cells`` or ``repeats`` is less than 1.
     """
-    if cells < 1:
-        raise fail("observe", "cells", "be at least 1", cells)
+    check_int("observe", "cells", cells)
+    check_int("observe", "repeats", repeats)
     seen: list[LayerTelemetry] = []
 
-    def note(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, done: Attended, seconds: float) -> None:
-        seen.append(_layer(query, key, value, prompt, done, seconds, cells))
+    def note(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, done: Attended) -> None:
+        times = _times(applied.policy, query, key, value, prompt, repeats)
+        seen.append(_layer(query, key, value, prompt, done, times, cells))
 
     applied.observer = note
     try:
@@ -79,8 +89,41 @@ def observe(applied: AppliedAttention, input_ids: Tensor, *, cells: int = 32, **
     return seen
 
 
+def _times(
+    policy: PrefillPolicy, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, repeats: int
+) -> tuple[float, float, float]:
+    """Median seconds of the policy, of its choice, and of dense attention, in turns."""
+    times: list[tuple[float, float, float]] = []
+    plain = prompt.softcap is None and prompt.window is None
+    problem = Problem(Window(key.shape[2]), prompt.scale)
+    for _ in range(repeats):
+        started = time.perf_counter()
+        done = policy.compute(query, key, value, prompt)
+        _finish(query)
+        middle = time.perf_counter()
+        if plain:
+            dense.attention(query, key, value, problem)
+        else:
+            attend_exactly(query, key, value, prompt)
+        _finish(query)
+        times.append((middle - started, done.select_seconds, time.perf_counter() - middle))
+    whole, select, exact = (statistics.median(column) for column in zip(*times, strict=True))
+    return whole, select, exact
+
+
+def _finish(query: Tensor) -> None:
+    if query.is_cuda:
+        torch.cuda.synchronize(query.device)
+
+
 def _layer(
-    query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, done: Attended, seconds: float, cells: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Prompt,
+    done: Attended,
+    times: tuple[float, float, float],
+    cells: int,
 ) -> LayerTelemetry:
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     exact = attend_exactly(query, key, value, prompt).out.float()
@@ -95,9 +138,7 @@ def _layer(
             recall[mine] = _recall(query, key, part, prompt).mean(0).cpu()
             picture[mine] = _picture(query, key, part, prompt, cells).cpu()
     means = error.mean(0).cpu()
-    return LayerTelemetry(
-        prompt.layer, queries, keys, density.cpu(), recall, means, done.select_seconds, seconds, picture
-    )
+    return LayerTelemetry(prompt.layer, queries, keys, density.cpu(), recall, means, *times, picture)
 
 
 def _recall(query: Tensor, key: Tensor, part: Part, prompt: Prompt) -> Tensor:

@@ -3,7 +3,9 @@
 from .console import console_table
 from .environment import environment
 from .page import render
+from .patterns import picture_png
 from .schema import (
+    AttentionLayer,
     Environment,
     Measurement,
     ModelFacts,
@@ -17,6 +19,7 @@ from .schema import (
 )
 
 __all__ = [
+    "AttentionLayer",
     "Environment",
     "Measurement",
     "ModelFacts",
@@ -28,6 +31,7 @@ __all__ = [
     "TextUse",
     "console_table",
     "environment",
+    "picture_png",
     "render",
     "verdict",
 ]

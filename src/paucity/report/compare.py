@@ -1,7 +1,7 @@
 """Dense against sparse, row by row, as text; the page and the console show the same rows."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from . import units
@@ -34,7 +34,7 @@ class _Quantity:
 
 def rows(report: Report) -> list[Row]:
     """The rows that have a figure for at least one of the two models."""
-    return list(_rows(report.dense, report.sparse))
+    return [*_rows(report.dense, report.sparse), *_attention(report)]
 
 
 def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:
@@ -64,6 +64,24 @@ def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:
         ]
         label = f"Mean density of {units.count(len(sparse.density))} sites"
         yield Row(label, units.percent(kept[0]), units.percent(kept[1]), "", "")
+
+
+def _attention(report: Report) -> Iterator[Row]:
+    """The attention part of a prefill, and its share of it where that was measured at the same length."""
+    layers = report.attention
+    if not layers:
+        return
+    tokens, shown = layers[0].tokens, []
+    was, now = sum(entry.dense_ms for entry in layers), sum(entry.sparse_ms for entry in layers)
+    for model, part in ((report.dense, was), (report.sparse, now)):
+        whole = model.prefill_ms if model.prefill_tokens == tokens else None
+        shown.append(units.ms(part) + (f" ({units.percent(part / whole, 0)})" if whole else ""))
+    label = f"Attention, {units.count(tokens)} tokens"
+    quantity = _Quantity(label, "", units.ms)
+    row = _judged(quantity, was, now, False)
+    yield replace(row, dense=shown[0], sparse=shown[1])
+    select = sum(entry.select_ms for entry in layers)
+    yield Row("of that, choosing", units.DASH, units.ms(select), "", "")
 
 
 def _row(quantity: _Quantity, dense: Measurement, sparse: Measurement) -> Iterator[Row]:

@@ -9,7 +9,8 @@ from jinja2 import Environment, StrictUndefined
 from . import units
 from .compare import MARKS, rows
 from .figures import pictures
-from .schema import Report
+from .patterns import head_pictures
+from .schema import AttentionLayer, Report
 
 
 def render(report: Report) -> str:
@@ -33,9 +34,18 @@ def render(report: Report) -> str:
         rows=rows(report),
         marks=MARKS,
         pictures=pictures(report),
+        heads=head_pictures(report),
+        attention=[_layer(entry) for entry in report.attention],
         retrieval=_retrieval(report),
         sites=[(name, report.dense.density.get(name), value) for name, value in report.sparse.density.items()],
     )
+
+
+def _layer(entry: AttentionLayer) -> list[str]:
+    """Layer, tokens, density, recall and error as means over heads, and the times."""
+    means = [None if x is None else sum(x) / len(x) for x in (entry.density, entry.recall, entry.output_error)]
+    times = (entry.dense_ms, entry.sparse_ms, entry.select_ms)
+    return [str(entry.layer), units.count(entry.tokens), *map(units.percent, means), *map(units.ms, times)]
 
 
 def _unbroken(text: str) -> str:

@@ -119,6 +119,23 @@ class Measurement(_Part):
         return max(found, key=lambda entry: entry.length) if found else None
 
 
+class AttentionLayer(_Part):
+    """What sparse attention did to one prompt of ``tokens`` in one layer; lists have an entry for each query head.
+
+    ``sparse_ms`` holds ``select_ms``; ``pictures`` are PNG files in base64, of queries down and keys across.
+    """
+
+    layer: int
+    tokens: int
+    density: list[float]
+    recall: list[float] | None = None
+    output_error: list[float]
+    select_ms: float
+    sparse_ms: float
+    dense_ms: float
+    pictures: list[str] = []
+
+
 class StepRecord(_Part):
     """One applied method: its options, the mean density that it reached, and the seconds it took."""
 
@@ -146,6 +163,7 @@ class Report(_Part):
     steps: list[StepRecord]
     head_density: list[list[float | None]] | None = None
     """Attention density, layers x heads; None in place of a head that stayed dense by design."""
+    attention: list[AttentionLayer] = []
     verdict: list[str] = []
 
     @field_validator("created")
