@@ -27,7 +27,9 @@ SHARED_FILES = {
     "portable",
     "prompt",
     "rotary",
+    "crossover",
     "telemetry",
+    "watch",
 }
 
 

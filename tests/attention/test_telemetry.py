@@ -1,6 +1,7 @@
 """What is told of a prompt, against loops over the dense attention."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 from paucity.attention import PerHead, Prompt, SinkWindow, VerticalSlash, apply, observe
 from paucity.attention.compute import kept_pairs
 from paucity.attention.vertical_slash import line_pattern
+from paucity.attention.watch import watch
 from paucity.checks import InputError
 
 from .test_apply import model_of, tokens
@@ -26,9 +28,7 @@ MIXED = PerHead(
 def captured(applied, ids, **inputs):
     """(query, key, value, prompt, done) of every layer."""
     seen = []
-    applied.observer = lambda *told: seen.append(told)
-    applied.model(input_ids=ids, **inputs)
-    applied.observer = None
+    watch(applied, seen.append, partial(applied.model, input_ids=ids, **inputs))
     return seen
 
 

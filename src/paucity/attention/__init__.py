@@ -2,6 +2,7 @@
 
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .crossover import Crossover, crossover
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -9,10 +10,12 @@ from .prompt import Prompt
 from .sink_window import SinkWindow
 from .telemetry import LayerTelemetry, observe
 from .vertical_slash import VerticalSlash
+from .watch import record
 
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "Crossover",
     "LayerTelemetry",
     "Part",
     "PerHead",
@@ -23,9 +26,11 @@ __all__ = [
     "VerticalSlash",
     "apply",
     "attend_pattern",
+    "crossover",
     "from_json",
     "load_policy",
     "observe",
+    "record",
     "remove",
     "save_policy",
     "to_json",

@@ -8,7 +8,7 @@ that are neither causal nor a sliding window (packed sequences, static caches, m
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -27,8 +27,14 @@ if TYPE_CHECKING:
     from ..models.load import Loaded
 
 
-Observer = Callable[[Tensor, Tensor, Tensor, Prompt, Attended], None]
-"""Told of every prompt that was not dense: query, key, value, prompt and what the policy made of it."""
+class Observed(NamedTuple):
+    """One attention that a policy computed: its inputs, as `PrefillPolicy.attend` has them, and what came out."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prompt: Prompt
+    done: Attended
 
 
 def apply_step(loaded: "Loaded", method: str, options: BaseModel, calibration: list[Tensor]) -> "AppliedAttention":
@@ -99,7 +105,7 @@ class AppliedAttention:
         self._kept: dict[int, Tensor] = {}
         self._pairs: dict[int, Tensor] = {}
         self._dense: Counter[str] = Counter()
-        self.observer: Observer | None = None
+        self.observer: Callable[[Observed], None] | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> Tensor:
         """Attention ``[B, H, Tq, Dv]`` of texts without padding, as the policy has it; counts what is computed."""
@@ -114,7 +120,7 @@ class AppliedAttention:
         done = attend_exactly(query, key, value, prompt) if reason else self.policy.compute(query, key, value, prompt)
         if self.observer is not None:
             if reason is None:
-                self.observer(query, key, value, prompt, done)
+                self.observer(Observed(query, key, value, prompt, done))
             return done.out
         pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window).expand(len(query), 1)
         self.count_pairs(prompt.layer, query.shape[1], done.kept.expand(len(query), -1), pairs)

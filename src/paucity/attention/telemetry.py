@@ -1,7 +1,5 @@
 """What a policy did to one prompt, layer by layer: density, recall of attention mass, error, time and pictures."""
 
-import statistics
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import check_int
-from ..kernels.attention import Problem, attention_recall, dense
+from ..kernels.attention import Problem, attention_recall
 from ..kernels.attention.pairs import visible
-from ..ops.formats.stripes import Window, causal_mask
-from .apply import AppliedAttention
-from .compute import Attended, Part, attend_exactly, first_row, lead_of, take_heads
+from ..ops.formats.stripes import causal_mask
+from .apply import AppliedAttention, Observed
+from .compute import Part, attend_exactly, first_row, lead_of, take_heads
 from .interface import exact_pairs
-from .policy import PrefillPolicy
 from .prompt import Prompt
+from .watch import Seconds, attention_seconds, watch
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class LayerTelemetry:
     picture: Tensor | None
 
 
-@torch.no_grad()
 def observe(
     applied: AppliedAttention, input_ids: Tensor, *, cells: int = 48, repeats: int = 3, **inputs: Any
 ) -> list[LayerTelemetry]:
@@ -77,54 +74,15 @@ def observe(
     check_int("observe", "repeats", repeats)
     seen: list[LayerTelemetry] = []
 
-    def note(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, done: Attended) -> None:
-        times = _times(applied.policy, query, key, value, prompt, repeats)
-        seen.append(_layer(query, key, value, prompt, done, times, cells))
+    def note(seen_there: Observed) -> None:
+        seen.append(_layer(seen_there, attention_seconds(applied.policy, seen_there, repeats=repeats), cells))
 
-    applied.observer = note
-    try:
-        applied.model(input_ids=input_ids, **inputs)
-    finally:
-        applied.observer = None
+    watch(applied, note, partial(applied.model, input_ids=input_ids, **inputs))
     return seen
 
 
-def _times(
-    policy: PrefillPolicy, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, repeats: int
-) -> tuple[float, float, float]:
-    """Median seconds of the policy, of its choice, and of dense attention, in turns."""
-    times: list[tuple[float, float, float]] = []
-    plain = prompt.softcap is None and prompt.window is None
-    problem = Problem(Window(key.shape[2]), prompt.scale)
-    for _ in range(repeats):
-        started = time.perf_counter()
-        done = policy.compute(query, key, value, prompt)
-        _finish(query)
-        middle = time.perf_counter()
-        if plain:
-            dense.attention(query, key, value, problem)
-        else:
-            attend_exactly(query, key, value, prompt)
-        _finish(query)
-        times.append((middle - started, done.select_seconds, time.perf_counter() - middle))
-    whole, select, exact = (statistics.median(column) for column in zip(*times, strict=True))
-    return whole, select, exact
-
-
-def _finish(query: Tensor) -> None:
-    if query.is_cuda:
-        torch.cuda.synchronize(query.device)
-
-
-def _layer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt: Prompt,
-    done: Attended,
-    times: tuple[float, float, float],
-    cells: int,
-) -> LayerTelemetry:
+def _layer(seen: Observed, times: Seconds, cells: int) -> LayerTelemetry:
+    query, key, value, prompt, done = seen
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     exact = attend_exactly(query, key, value, prompt).out.float()
     error = (done.out.float() - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3)).clamp(min=1e-30)
