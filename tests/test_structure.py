@@ -19,6 +19,8 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "bench": 7,
     "compare": 7,
     "pipeline": 8,
+    "cli_output": 1,
+    "cli_attention": 8,
     "cli": 9,
     "__main__": 10,
 }

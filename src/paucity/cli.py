@@ -1,18 +1,16 @@
 """The ``paucity`` command. Heavy imports happen inside the commands, so that it starts at once."""
 
-import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .checks import InputError
+from .cli_attention import app as attention_app
+from .cli_output import Json, err, out, print_json, spinner
 
 app = typer.Typer(
     name="paucity",
@@ -23,10 +21,7 @@ app = typer.Typer(
 )
 claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True)
 app.add_typer(claims_app, name="claims")
-
-out = Console()
-err = Console(stderr=True)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+app.add_typer(attention_app, name="attention")
 
 
 def main() -> None:
@@ -68,7 +63,7 @@ def run(
     from .report import console_table
 
     Folder(target).check(loaded, force=force, resume=resume)
-    with _spinner() as progress:
+    with spinner() as progress:
         report = run_recipe(loaded, target, force=force, resume=resume, on_progress=progress)
     out.print(console_table(report))
     for sentence in report.verdict:
@@ -85,7 +80,7 @@ def catalog(family: Annotated[str | None, typer.Option(help="One family only.")]
 
     rows = as_rows(family)
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     table = Table("method", "family", "paper", "title", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["name"], row["family"], row["paper"], row["title"])
@@ -99,7 +94,7 @@ def info(as_json: Json = False) -> None:
 
     facts = environment().model_dump(mode="json")
     if as_json:
-        return _print_json(facts)
+        return print_json(facts)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         for key, text in value.items() if isinstance(value, dict) else [(None, value)]:
@@ -116,11 +111,11 @@ def bench(
 
     rows = []
     for name in _chosen("bench", "name", names, BENCHES):
-        with _spinner() as progress:
+        with spinner() as progress:
             progress(f"bench {name}")
             rows += [row.to_json() for row in run_bench(name)]
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     table = Table("bench", "size", "baseline", "ours ms", "baseline ms", "ratio", "limit", box=None, pad_edge=False)
     for row in rows:
         times = (f"{1e3 * row['seconds']:.1f}", f"{1e3 * row['baseline_seconds']:.1f}")
@@ -136,7 +131,7 @@ def claims_list(as_json: Json = False) -> None:
     from .claims import CLAIMS
 
     if as_json:
-        return _print_json([{"claim": name, "paper": c.paper, "statement": c.statement} for name, c in CLAIMS.items()])
+        return print_json([{"claim": name, "paper": c.paper, "statement": c.statement} for name, c in CLAIMS.items()])
     table = Table("claim", "paper", "statement", box=None, pad_edge=False)
     for name, claim in CLAIMS.items():
         table.add_row(name, claim.paper, claim.statement)
@@ -157,7 +152,7 @@ def claims_run(
 
     results = []
     for name in _chosen("claims", "name", names, CLAIMS):
-        with _spinner() as progress:
+        with spinner() as progress:
             progress(name)
             result = run_claim(name, quick=quick, seed=seed)
         results.append(result)
@@ -166,7 +161,7 @@ def claims_run(
             out.print(f"  paper: {result.paper_figure}\n  ours:  {result.measured}", markup=False)
             out.print(f"  {'holds' if result.holds else 'does not hold'} ({result.seconds:.0f} s)", markup=False)
     if as_json:
-        _print_json([asdict(result) for result in results])
+        print_json([asdict(result) for result in results])
     if not all(result.holds for result in results):
         raise typer.Exit(1)
 
@@ -177,25 +172,6 @@ def _chosen(function: str, argument: str, names: list[str] | None, table: dict[s
     for name in names or []:
         check_choice(function, argument, name, table)
     return names or sorted(table)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
-
-
-@contextmanager
-def _spinner() -> Iterator[Any]:
-    """A live line on stderr with what is being done, and for how long."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("starting")
-
-        def update(description: str) -> None:
-            progress.update(task, description=description)
-
-        yield update
 
 
 if __name__ == "__main__":

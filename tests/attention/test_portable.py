@@ -56,7 +56,7 @@ def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="which does not exist"):
         load_policy(tmp_path / "none.json")
     path = tmp_path / "x.json"
-    for text, message in (("{", "must be valid JSON"), ("[1]", "must hold a mapping, got list")):
+    for text, message in (("{", "must be valid JSON or YAML"), ("[1]", "must hold a mapping, got list")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             load_policy(path)

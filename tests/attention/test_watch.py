@@ -50,7 +50,7 @@ def test_crossover_times_every_length_once():
     found = crossover(model, SinkWindow(window_size=4, layers=[1]), ids, lengths=[32, 8, 8], repeats=1)
     assert found.lengths == (8, 32)
     assert len(found.seconds) == 2
-    with pytest.raises(InputError, match="lengths must be at most 40"):
+    with pytest.raises(InputError, match=r"lengths must be in \[1, 40\], got 41"):
         crossover(model, SinkWindow(), ids, lengths=[41])
     with pytest.raises(InputError, match="lengths must hold at least one length"):
         crossover(model, SinkWindow(), ids, lengths=[])

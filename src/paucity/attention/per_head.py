@@ -15,7 +15,7 @@ from ..checks import fail
 from ..kernels.attention import Pattern
 from .compute import Attended, Part, even_groups, take_heads
 from .policy import PrefillPolicy
-from .portable import from_json, read_json, to_json
+from .portable import from_json, read_mapping, to_json
 from .prompt import Prompt
 
 
@@ -39,7 +39,7 @@ class PerHead(PrefillPolicy):
     def _from_file(cls, data: Any) -> Any:
         if not isinstance(data, dict) or "file" not in data:
             return data
-        found = read_json(data["file"])
+        found = read_mapping(data["file"])
         if found.pop("method", None) != "per_head":
             raise fail("per_head", "file", "hold a per_head policy", data["file"])
         return found | {key: value for key, value in data.items() if key != "file"}

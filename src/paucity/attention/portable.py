@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from .. import catalog
@@ -53,13 +54,23 @@ def from_json(data: dict[str, Any]) -> PrefillPolicy:
     Raises:
         InputError: if the method is absent, unknown or a search, or an option is wrong.
     """
+    found = options_from(data)
+    if not isinstance(found, PrefillPolicy):
+        raise fail("from_json", "method", "be a policy, not a search", data["method"])
+    return found
+
+
+def options_from(data: dict[str, Any]) -> PrefillPolicy | PolicySearch:
+    """The policy or the search that a mapping of ``method`` and its options describes.
+
+    Raises:
+        InputError: if the method is absent or unknown, or an option is wrong.
+    """
     if not isinstance(data, dict):
         raise InputTypeError(f"from_json: policy must be a mapping, got {type(data).__name__}.")
     if "method" not in data:
         raise fail("from_json", "method", "be given", sorted(data))
     kind = options_for(str(data["method"]))
-    if not issubclass(kind, PrefillPolicy):
-        raise fail("from_json", "method", "be a policy, not a search", data["method"])
     try:
         return kind.model_validate({key: value for key, value in data.items() if key != "method"})
     except ValidationError as error:
@@ -82,11 +93,11 @@ def load_policy(path: str | Path) -> PrefillPolicy:
     Raises:
         InputError: if there is no such file, or no valid policy in it.
     """
-    return from_json(read_json(path))
+    return from_json(read_mapping(path))
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file.
 
     Raises:
         InputError: if there is none.
@@ -95,9 +106,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise fail("load_policy", "path", "be a JSON file", f"{path}, which does not exist")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise fail("load_policy", str(path), "be valid JSON", "something else") from None
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise fail("load_policy", str(path), "be valid JSON or YAML", "something else") from None
     if not isinstance(data, dict):
         raise fail("load_policy", str(path), "hold a mapping", type(data).__name__)
     return data

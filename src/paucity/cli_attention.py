@@ -1,0 +1,165 @@
+"""``paucity attention``: look at what a policy does to a prompt, find where it begins to gain, search one by head."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .cli_output import Json, out, print_json, spinner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .models.load import Loaded
+
+app = typer.Typer(help="Sparse attention: see what a policy reads, and find one for a model.", no_args_is_help=True)
+
+Policy = Annotated[str, typer.Argument(help="A method by name, or a JSON or YAML file with `method` and its options.")]
+Model = Annotated[str, typer.Option(help="A folder, a hub id or 'embedded'.")]
+Text = Annotated[str, typer.Option(help="A built-in text or a UTF-8 file.")]
+
+
+@app.command()
+def observe(
+    policy: Policy,
+    model: Model = "embedded",
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 4096,
+    text: Text = "held_out_python",
+    as_json: Json = False,
+) -> None:
+    """What a policy does to one prompt in every layer: density, recall of attention mass, error, times."""
+    from .attention import apply
+    from .attention import observe as look
+
+    chosen, loaded, ids = _prepare(policy, model, text, tokens)
+    with spinner() as progress:
+        progress(f"{tokens} tokens, dense and sparse")
+        seen = look(apply(loaded.model, chosen.model_copy(update={"min_length": 0})), ids)
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": entry.layer,
+            "density": entry.density.tolist(),
+            "recall": None if entry.recall is None else entry.recall.tolist(),
+            "output_error": entry.output_error.tolist(),
+            "seconds": entry.seconds,
+            "select_seconds": entry.select_seconds,
+            "dense_seconds": entry.dense_seconds,
+        }
+        for entry in seen
+    ]
+    if as_json:
+        return print_json(rows)
+    table = Table(
+        "layer", "density", "recall", "error", "dense ms", "sparse ms", "choosing ms", box=None, pad_edge=False
+    )
+    for row in rows:
+        means = (_mean(row[name]) for name in ("density", "recall", "output_error"))
+        times = (f"{1e3 * row[name]:.2f}" for name in ("dense_seconds", "seconds", "select_seconds"))
+        table.add_row(str(row["layer"]), *means, *times)
+    out.print(table)
+
+
+@app.command()
+def crossover(
+    policy: Policy,
+    model: Model = "embedded",
+    text: Text = "held_out_python",
+    longest: Annotated[int, typer.Option(min=2, help="Longest prompt; halved five times.")] = 8192,
+    as_json: Json = False,
+) -> None:
+    """From which prompt length on a policy is faster than dense attention here: its `min_length`."""
+    from .attention import crossover as measure
+
+    chosen, loaded, ids = _prepare(policy, model, text, longest)
+    lengths = sorted({max(1, longest >> halving) for halving in range(6)})
+    with spinner() as progress:
+        progress(f"prompts of {lengths[0]} to {lengths[-1]} tokens, dense and sparse in turns")
+        found = measure(loaded.model, chosen, ids, lengths=lengths)
+    if as_json:
+        rows = [
+            {"tokens": length, "seconds": times.sparse, "select_seconds": times.select, "dense_seconds": times.dense}
+            for length, times in zip(found.lengths, found.seconds, strict=True)
+        ]
+        return print_json({"crossover": found.tokens, "lengths": rows})
+    table = Table("tokens", "dense ms", "sparse ms", "choosing ms", "ratio", box=None, pad_edge=False)
+    for length, times in zip(found.lengths, found.seconds, strict=True):
+        shown = (f"{1e3 * value:.2f}" for value in (times.dense, times.sparse, times.select))
+        table.add_row(str(length), *shown, f"{times.dense / times.sparse:.2f}")
+    out.print(table)
+    where = f"from {found.tokens} tokens on" if found.tokens else "at none of these lengths"
+    out.print(f"Faster than dense attention {where}.", highlight=False)
+
+
+@app.command()
+def search(
+    method: Policy,
+    target: Annotated[Path, typer.Option("--out", help="JSON file of the policy that is found.")],
+    model: Model = "embedded",
+    text: Text = "python",
+    tokens: Annotated[int, typer.Option(min=2, help="Length of a calibration text.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration texts.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the calibration texts.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
+) -> None:
+    """Find a policy for a model by looking at it, head by head, and save it for recipes (`method: per_head`)."""
+    from .attention import PolicySearch, save_policy
+    from .attention.portable import method_name
+    from .checks import fail
+    from .measure.data import read_text
+    from .models.calibration import calibration_batches
+    from .models.load import load
+
+    if target.exists() and not force:
+        raise fail("attention search", "--out", "not exist (--force replaces it)", target)
+    options = _options(method)
+    if not isinstance(options, PolicySearch):
+        raise fail("attention search", "method", "be a search, not a policy", method_name(options))
+    content = read_text(text, role="calibration")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        loaded = load(model)
+        tokenizer = loaded.need_tokenizer("attention search")
+        batches = calibration_batches(tokenizer, content, num_samples=samples, length=tokens, seed=seed)
+        progress(f"{method_name(options)} on {samples} texts of {tokens} tokens")
+        found = options.fit(loaded.model, batches)
+    save_policy(found, target)
+    out.print(f"Policy: {target}", markup=False, soft_wrap=True)
+
+
+def _options(name: str) -> Any:
+    """The policy or search called ``name``, or in the file of that name."""
+    from .attention.portable import options_from, read_mapping
+
+    path = Path(name)
+    return options_from(read_mapping(path) if path.suffix in (".json", ".yaml", ".yml") else {"method": name})
+
+
+def _prepare(name: str, model: str, text: str, tokens: int) -> "tuple[Any, Loaded, Tensor]":
+    """The policy, the model and a prompt ``[1, tokens]``; whatever is wrong is said before any work."""
+    import torch
+
+    from .attention import PrefillPolicy
+    from .attention.portable import method_name
+    from .checks import fail
+    from .measure.data import read_text
+    from .measure.tokens import encode, leading_ids
+    from .models.load import load
+
+    policy = _options(name)
+    if not isinstance(policy, PrefillPolicy):
+        constraint = "be a policy (`paucity attention search` makes one)"
+        raise fail("attention", "policy", constraint, f"the search {method_name(policy)}")
+    content = read_text(text, role="measure")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        loaded = load(model)
+        tokenizer = loaded.need_tokenizer("attention")
+        ids = [*leading_ids(tokenizer), *encode(tokenizer, content)]
+    if len(ids) < tokens:
+        raise fail("attention", "text", f"have at least {tokens} tokens", len(ids))
+    return policy, loaded, torch.tensor([ids[:tokens]])
+
+
+def _mean(values: list[float] | None) -> str:
+    return "–" if values is None else f"{100 * sum(values) / len(values):.1f} %"
