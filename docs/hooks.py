@@ -1,7 +1,10 @@
 """mkdocs hook: fills ``{{ methods }}`` from the catalogue and ``{{ card }}`` and ``{{ readme }}`` from their files."""
 
+import inspect
 from pathlib import Path
 from typing import Any
+
+from griffe import Docstring, DocstringSectionKind
 
 from paucity.catalog import METHODS, families
 from paucity.models import embedded
@@ -30,12 +33,23 @@ def methods() -> str:
                     f"*{method.title}*, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}).\n",
                 ]
                 parts += ["| option | default | what it is |", "|---|---|---|"]
-                options_for, _ = method.installer()
-                for option, field in options_for(name).model_fields.items():
-                    default = "required" if field.is_required() else f"`{field.default}`"
-                    parts.append(f"| `{option}` | {default} | {field.description or ''} |")
+                options = method.installer()[0](name)
+                said = attributes(options)
+                for option, field in options.model_fields.items():
+                    default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
+                    parts.append(f"| `{option}` | {default} | {field.description or said.get(option, '')} |")
                 parts.append("")
     return "\n".join(parts)
+
+
+def attributes(options: type) -> dict[str, str]:
+    """What the docstrings of a class and of those above it say of its attributes, each on one line."""
+    found: dict[str, str] = {}
+    for kind in reversed(options.__mro__):
+        for section in Docstring(inspect.cleandoc(kind.__doc__ or "")).parse("google"):
+            if section.kind is DocstringSectionKind.attributes:
+                found |= {one.name: " ".join(one.description.split()) for one in section.value}
+    return found
 
 
 def card() -> str:
