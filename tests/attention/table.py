@@ -24,6 +24,8 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "block_sparse": Row(full={"local_blocks": 1000, "q_block": 16}, sparse={"q_block": 4}),
+    "flash": Row(full={"q_block": 16}, sparse={"q_block": 8}),
     "per_head": Row(
         full={
             "choices": [
@@ -40,9 +42,18 @@ ROWS: dict[str, Row] = {
             "assignment": [[0, 1, 1, 1], 1],
         },
     ),
+    "power": Row(full={"window_blocks": 1000, "q_block": 16}, sparse={"window_blocks": 2, "q_block": 4}),
+    "sharded": Row(
+        full={"local_blocks": 1000, "vert_stride": 4, "q_block": 16},
+        sparse={"local_blocks": 2, "vert_stride": 4, "q_block": 4},
+    ),
     "sink_window": Row(
         full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
         sparse={"num_sinks": 2, "window_size": 5, "q_block": 8},
+    ),
+    "tri_shape": Row(
+        full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
+        sparse={"num_sinks": 2, "window_size": 5, "num_last": 3, "q_block": 8},
     ),
     "vertical_slash": Row(
         full={"num_vertical": 1000, "num_slash": 1, "q_block": 16, "forced_slash": 0},
