@@ -1,8 +1,8 @@
 """One row for each prefill policy; every row goes through all tests of `test_apply` and `test_properties`.
 
 ``full`` are options with which the method keeps everything at up to 63 tokens, ``sparse`` are options with which it
-keeps less than 95 % of the pairs at 29 and at 40 tokens (unless it is ``exact`` and always keeps all). There are 4 heads of 8
-dimensions, in 2 key-value heads and 2 layers.
+keeps less than 95 % of the pairs at 29 and at 40 tokens (unless it is ``exact`` and always keeps all). There are 4
+heads of 8 dimensions, in 2 key-value heads and 2 layers.
 """
 
 from dataclasses import dataclass
