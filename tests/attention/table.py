@@ -1,8 +1,8 @@
 """One row for each prefill policy; every row goes through all tests of `test_apply` and `test_properties`.
 
 ``full`` are options with which the method keeps everything at up to 63 tokens, ``sparse`` are options with which it
-keeps less than 95 % of the pairs at 29 and at 40 tokens. There are 4 heads of 8
-dimensions, in 2 key-value heads and 2 layers.
+keeps less than 95 % of the pairs at 29 and at 40 tokens (unless it is ``exact`` and always keeps all). There are 4
+heads of 8 dimensions, in 2 key-value heads and 2 layers.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,15 @@ class Row:
 
     full: dict[str, Any]
     sparse: dict[str, Any]
+    exact: bool = False
 
     def policy(self, method: str, which: str, **options: Any) -> PrefillPolicy:
         return options_for(method)(**{"min_length": 8 * (which == "sparse"), **getattr(self, which), **options})
 
 
 ROWS: dict[str, Row] = {
+    "block_sparse": Row(full={"local_blocks": 1000, "q_block": 16}, sparse={"q_block": 4}),
+    "flash": Row(full={"q_block": 16}, sparse={"q_block": 8}, exact=True),
     "per_head": Row(
         full={
             "choices": [
@@ -40,9 +43,18 @@ ROWS: dict[str, Row] = {
             "assignment": [[0, 1, 1, 1], 1],
         },
     ),
+    "power": Row(full={"window_blocks": 1000, "q_block": 16}, sparse={"window_blocks": 2, "q_block": 4}),
+    "sharded": Row(
+        full={"local_blocks": 1000, "vert_stride": 4, "q_block": 16},
+        sparse={"local_blocks": 2, "vert_stride": 4, "q_block": 4},
+    ),
     "sink_window": Row(
         full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
         sparse={"num_sinks": 2, "window_size": 5, "q_block": 8},
+    ),
+    "tri_shape": Row(
+        full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
+        sparse={"num_sinks": 2, "window_size": 5, "num_last": 3, "q_block": 8},
     ),
     "vertical_slash": Row(
         full={"num_vertical": 1000, "num_slash": 1, "q_block": 16, "forced_slash": 0},

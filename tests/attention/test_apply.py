@@ -105,8 +105,9 @@ def test_padding_and_batch_do_not_matter(kind, method):
     applied = apply(model, policy(method, "sparse"))
     alone = [logits(model, ids) for ids in (long, short)]
     single = applied.density()
-    assert (alone[0] - dense).abs().max() > 1e-2
-    assert all(value < 0.95 for value in single.values())
+    if not ROWS[method].exact:
+        assert (alone[0] - dense).abs().max() > 1e-2
+        assert all(value < 0.95 for value in single.values())
     batch = torch.cat([long, torch.nn.functional.pad(short, (11, 0))])
     mask = torch.arange(40) >= torch.tensor([[0], [11]])
     position = (mask.long().cumsum(-1) - 1).clamp(min=0)

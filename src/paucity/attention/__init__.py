@@ -1,14 +1,20 @@
 """Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
 
 from .apply import AppliedAttention, apply, remove
+from .block_sparse import BlockSparse
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
+from .flash import Flash
+from .longgen import LongGen
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
+from .power import Power
 from .prompt import Prompt
+from .sharded import Sharded
 from .sink_window import SinkWindow
 from .telemetry import LayerTelemetry, observe
+from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
 from .watch import record
 
@@ -16,13 +22,19 @@ __all__ = [
     "AppliedAttention",
     "Attended",
     "Crossover",
+    "BlockSparse",
+    "Flash",
     "LayerTelemetry",
+    "LongGen",
     "Part",
     "PerHead",
     "PolicySearch",
+    "Power",
     "PrefillPolicy",
     "Prompt",
+    "Sharded",
     "SinkWindow",
+    "TriShape",
     "VerticalSlash",
     "apply",
     "attend_pattern",

@@ -16,6 +16,21 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "longgen-hybrid": Claim(
+        "longgen_hybrid",
+        "2410.01485",
+        "With the middle third of the layers full, a model keeps more than with sparse layers alone at equal cost.",
+    ),
+    "power-receptive-field": Claim(
+        "power_receptive_field",
+        "2503.03588",
+        "What PowerAttention reaches doubles with every layer; a window of equal cost reaches its own length farther.",
+    ),
+    "sharded-union": Claim(
+        "sharded_union",
+        "2407.17678",
+        "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
