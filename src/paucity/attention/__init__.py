@@ -1,6 +1,7 @@
 """Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
 
 from .apply import AppliedAttention, apply, remove
+from .block_topk import BlockTopK
 from .compute import Attended, Part, attend_pattern
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
@@ -13,6 +14,7 @@ from .vertical_slash import VerticalSlash
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "BlockTopK",
     "LayerTelemetry",
     "Part",
     "PerHead",
