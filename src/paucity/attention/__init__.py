@@ -3,6 +3,7 @@
 from .apply import AppliedAttention, apply, remove
 from .block_topk import BlockTopK
 from .compute import Attended, Part, attend_pattern
+from .minference import HeadChoice, MInference
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -15,7 +16,9 @@ __all__ = [
     "AppliedAttention",
     "Attended",
     "BlockTopK",
+    "HeadChoice",
     "LayerTelemetry",
+    "MInference",
     "Part",
     "PerHead",
     "PolicySearch",

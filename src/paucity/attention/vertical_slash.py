@@ -10,9 +10,9 @@ Granularity: a vertical is a single key. A slash is cut into tiles, as in the pa
 that a block pays at most ``q_block`` keys for a slash, and near ones overlap. Keys that both keep count once.
 
 The choice rests on the last queries, so an earlier token's output depends on later tokens, as in the paper; what a
-query sees is never later than itself. Not here: the paper's other two head types (A-shape is
-`paucity.attention.sink_window`, block-sparse is missing) and the offline search that gives each head its type and
-budget; all heads have the same budget.
+query sees is never later than itself. Memory is that of the lists and of the estimate, 64 rows of attention. The
+paper's other two head types are `paucity.attention.sink_window` (A-shape) and `paucity.attention.block_topk`
+(block-sparse); `paucity.attention.minference` finds offline which head gets which, and with what budget.
 """
 
 import torch
@@ -55,9 +55,13 @@ class VerticalSlash(PrefillPolicy):
 
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> KeyLists:
         """The choice of every head, as key lists."""
-        vertical_score, slash_score = line_scores(query, key, prompt, num_last=self.num_last_queries)
+        scores = line_scores(query, key, prompt, num_last=self.num_last_queries)
+        return self.pattern(*scores, num_queries=query.shape[2])
+
+    def pattern(self, vertical_score: Tensor, slash_score: Tensor, *, num_queries: int) -> KeyLists:
+        """The key lists for what `line_scores` gave, ``[B, H, Tk]`` each."""
         vertical, slash = self.lines(vertical_score, slash_score)
-        return line_lists(vertical, slash, num_queries=query.shape[2], q_block=self.q_block)
+        return line_lists(vertical, slash, num_queries=num_queries, q_block=self.q_block)
 
     def lines(self, vertical_score: Tensor, slash_score: Tensor) -> tuple[Tensor, Tensor]:
         """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them."""

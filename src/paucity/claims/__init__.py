@@ -16,6 +16,12 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "minference-crossover": Claim(
+        "minference_crossover",
+        "2407.02490",
+        "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
+        "long ones.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",

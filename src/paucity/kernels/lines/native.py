@@ -17,9 +17,7 @@ def counts(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> T
     return found
 
 
-def positions(
-    vertical: Tensor, slash: Tensor, counts: Tensor, num_queries: int, q_block: int, width: int
-) -> Tensor:
+def positions(vertical: Tensor, slash: Tensor, counts: Tensor, num_queries: int, q_block: int, width: int) -> Tensor:
     """As in the reference."""
     found = torch.empty(*counts.shape, width, dtype=torch.int32)
     _run(vertical, slash, counts.contiguous(), found, num_queries, q_block, width)

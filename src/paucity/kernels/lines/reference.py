@@ -14,9 +14,7 @@ def counts(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> T
     return torch.cat(found, -1) if found else vertical.new_zeros(*vertical.shape[:2], 0, dtype=torch.int64)
 
 
-def positions(
-    vertical: Tensor, slash: Tensor, counts: Tensor, num_queries: int, q_block: int, width: int
-) -> Tensor:
+def positions(vertical: Tensor, slash: Tensor, counts: Tensor, num_queries: int, q_block: int, width: int) -> Tensor:
     """The keys, ``[B, H, blocks, width]`` int32, ascending at the end of their row, -1 in front."""
     found, block = counts.new_full((*counts.shape, width), -1, dtype=torch.int32), 0
     for mask in _masks(vertical, slash, num_queries, q_block):
@@ -35,7 +33,9 @@ def _masks(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> I
     first = (keys - num_queries) // q_block * q_block
     starts = torch.arange(first, keys if num_queries else first, q_block, device=device)
     covered, place = covered_by(slash, q_block), torch.arange(keys, device=device)
-    for some in starts.split(max(1, _ENTRIES // max(1, vertical.numel()))) if len(starts) else ():
+    step = max(1, _ENTRIES // max(1, vertical.numel()))
+    for at in range(0, len(starts), step):
+        some = starts[at : at + step]
         tiles = covered[..., keys + place - some.unsqueeze(-1)]
         yield tiles | (vertical.unsqueeze(-2) & (place < (some + q_block).unsqueeze(-1)))
 

@@ -50,9 +50,9 @@ def _run(
 
 
 @triton.jit
-def _walk(
+def _walk(  # type: ignore[no-untyped-def]
     vertical, covered, counts, found, keys, reach, first, q_block, width, WRITE: tl.constexpr, CHUNK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = head * tl.num_programs(1) + block
     start = first + block * q_block
