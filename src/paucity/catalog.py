@@ -47,10 +47,12 @@ class Method:
 # fmt: off
 METHODS: dict[str, Method] = {
     "block_sparse": Method("attention.block_sparse:BlockSparse", family="attention", paper="2205.14135", title="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", ops=("text_mask", "sparse_attention")),
+    "block_topk": Method("attention.block_topk:BlockTopK", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("pool_blocks", "grouped_products", "topk_mask", "sparse_attention")),
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
     "flash": Method("attention.flash:Flash", family="attention", paper="2205.14135", title="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", ops=("sparse_attention",)),
     "longgen": Method("attention.longgen:LongGen", family="attention", paper="2410.01485", title="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts", ops=("num_kept", "sparse_attention"), claims=("longgen-hybrid",)),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
+    "minference": Method("attention.minference:MInference", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("line_lists", "sparse_attention")),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "power": Method("attention.power:Power", family="attention", paper="2503.03588", title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention", ops=("is_power_of_two", "text_mask", "sparse_attention"), claims=("power-receptive-field",)),
     "sharded": Method("attention.sharded:Sharded", family="attention", paper="2407.17678", title="S2-Attention: Hardware-Aware Context Sharding Among Attention Heads", ops=("is_strided", "text_mask", "sparse_attention"), claims=("sharded-union",)),
@@ -58,6 +60,7 @@ METHODS: dict[str, Method] = {
     "teal": Method("activations.teal:teal_mask", family="activations", paper="2408.14690", title="Training-Free Activation Sparsity in Large Language Models", ops=("threshold_mask", "topk_mask", "greedy"), claims=("wina-beats-teal",)),
     "tri_shape": Method("attention.tri_shape:TriShape", family="attention", paper="2412.10319", title="SCBench: A KV Cache-Centric Analysis of Long-Context Methods", ops=("visible_blocks", "sparse_attention")),
     "vertical_slash": Method("attention.vertical_slash:VerticalSlash", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("topk_indices", "sparse_attention")),
+    "vertical_slash": Method("attention.vertical_slash:VerticalSlash", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("topk_mask", "line_lists", "sparse_attention"), claims=("minference-crossover",)),
     "wanda": Method("weights.wanda:wanda_mask", family="weights", paper="2306.11695", title="A Simple and Effective Pruning Approach for Large Language Models", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "wina": Method("activations.wina:wina_mask", family="activations", paper="2505.19427", title="WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference", ops=("topk_mask", "threshold_mask", "greedy"), claims=("wina-beats-teal",)),
 }

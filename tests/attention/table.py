@@ -27,6 +27,10 @@ class Row:
 ROWS: dict[str, Row] = {
     "block_sparse": Row(full={"local_blocks": 1000, "q_block": 16}, sparse={"q_block": 4}),
     "flash": Row(full={"q_block": 16}, sparse={"q_block": 8}, exact=True),
+    "block_topk": Row(
+        full={"num_blocks": 1000, "q_block": 16, "k_block": 8},
+        sparse={"num_blocks": 3, "q_block": 8, "k_block": 4},
+    ),
     "per_head": Row(
         full={
             "choices": [

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from paucity.attention.prompt import Prompt
-from paucity.attention.vertical_slash import VerticalSlash, line_pattern, line_scores
+from paucity.attention.vertical_slash import VerticalSlash, line_scores
 
 
 def inputs(tq, tk, batch=2):
@@ -45,23 +45,6 @@ def test_scores_match_naive(tq, tk, num_last, window, softcap):
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("tq", "tk", "q_block"), [(1, 1, 4), (63, 63, 7), (130, 130, 64), (31, 50, 16), (3, 40, 64)])
-def test_pattern_is_columns_and_tiles_of_diagonals(tq, tk, q_block):
-    generator = torch.Generator().manual_seed(tq)
-    vertical, slash = (torch.rand(2, 3, tk, generator=generator) < share for share in (0.2, 0.05))
-    lists = line_pattern(vertical, slash, num_queries=tq, q_block=q_block)
-    for b in range(2):
-        for h in range(3):
-            for block, start in enumerate(range((tk - tq) // q_block * q_block, tk, q_block)):
-                keys = {j for j in range(start + q_block) if j < tk and vertical[b, h, j]}
-                for d in slash[b, h].nonzero().flatten().tolist():
-                    keys |= set(range(max(0, start - d), min(tk, start - d + q_block)))
-                wanted = sorted(keys)
-                found = lists.positions[b, h, block]
-                assert found[found >= 0].tolist() == wanted
-                assert int(lists.counts[b, h, block]) == len(wanted)
 
 
 def test_budgets_are_exact_for_every_head():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError
-from paucity.ops.blocks import block_lengths, block_mask, pool_blocks, visible_blocks
+from paucity.ops.blocks import block_lengths, block_mask, diagonal_blocks, grouped_products, pool_blocks, visible_blocks
 
 sizes = pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 16), (0, 17), (5, 3), (5, 30), (16, 9), (15, 1)])
 
@@ -42,6 +42,30 @@ def test_visible_blocks_have_a_visible_pair(tq, tk, window):
     assert torch.equal(found, wanted)
     mask = block_mask(found[None, None], tq, tk, q_block=8, k_block=4)
     assert mask.q_len == tq + (tk - tq) % 8
+
+
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1), (17, 17), (5, 30), (16, 48), (3, 9)])
+@pytest.mark.parametrize(("q_block", "k_block"), [(8, 4), (4, 8), (6, 4)])
+def test_diagonal_blocks_hold_a_position_of_their_row(tq, tk, q_block, k_block):
+    found = diagonal_blocks(tq, tk, q_block, k_block)
+    first = (tk - tq) // q_block
+    wanted = torch.zeros(-(-tk // q_block) - first, -(-tk // k_block), dtype=torch.bool)
+    for i in range(first * q_block, tk):
+        wanted[i // q_block - first, i // k_block] = True
+    assert torch.equal(found, wanted)
+
+
+def test_grouped_products_are_those_of_repeated_keys():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 6, 5, 4, generator=generator), torch.randn(2, 3, 7, 4, generator=generator)
+    wanted = query @ key.repeat_interleave(2, 1).mT
+    torch.testing.assert_close(grouped_products(query, key), wanted)
+    torch.testing.assert_close(grouped_products(query.transpose(2, 3).contiguous().mT, key), wanted)
+    assert grouped_products(query[:0], key[:0]).shape == (0, 6, 5, 7)
+    with pytest.raises(InputError, match="heads of key must divide"):
+        grouped_products(query[:, :5], key)
+    with pytest.raises(InputError, match="key must have shape"):
+        grouped_products(query, key[..., :3])
 
 
 def test_bad_input():

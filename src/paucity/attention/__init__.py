@@ -6,6 +6,9 @@ from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
 from .flash import Flash
 from .longgen import LongGen
+from .block_topk import BlockTopK
+from .compute import Attended, Part, attend_pattern
+from .minference import HeadChoice, MInference
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -26,6 +29,10 @@ __all__ = [
     "Flash",
     "LayerTelemetry",
     "LongGen",
+    "BlockTopK",
+    "HeadChoice",
+    "LayerTelemetry",
+    "MInference",
     "Part",
     "PerHead",
     "PolicySearch",

@@ -10,15 +10,16 @@ Granularity: a vertical is a single key. A slash is cut into tiles, as in the pa
 that a block pays at most ``q_block`` keys for a slash, and near ones overlap. Keys that both keep count once.
 
 The choice rests on the last queries, so an earlier token's output depends on later tokens, as in the paper; what a
-query sees is never later than itself. Not here: the paper's other two head types (A-shape is
-`paucity.attention.sink_window`, block-sparse is missing) and the offline search that gives each head its type and
-budget; all heads have the same budget.
+query sees is never later than itself. Memory is that of the lists and of the estimate, 64 rows of attention. The
+paper's other two head types are `paucity.attention.sink_window` (A-shape) and `paucity.attention.block_topk`
+(block-sparse); `paucity.attention.minference` finds offline which head gets which, and with what budget.
 """
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..kernels.lines import line_lists
 from ..ops.formats.stripes import KeyLists, causal_mask
 from ..ops.select import num_kept, topk_mask
 from .policy import PrefillPolicy
@@ -54,9 +55,13 @@ class VerticalSlash(PrefillPolicy):
 
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> KeyLists:
         """The choice of every head, as key lists."""
-        vertical_score, slash_score = line_scores(query, key, prompt, num_last=self.num_last_queries)
+        scores = line_scores(query, key, prompt, num_last=self.num_last_queries)
+        return self.pattern(*scores, num_queries=query.shape[2])
+
+    def pattern(self, vertical_score: Tensor, slash_score: Tensor, *, num_queries: int) -> KeyLists:
+        """The key lists for what `line_scores` gave, ``[B, H, Tk]`` each."""
         vertical, slash = self.lines(vertical_score, slash_score)
-        return line_pattern(vertical, slash, num_queries=query.shape[2], q_block=self.q_block)
+        return line_lists(vertical, slash, num_queries=num_queries, q_block=self.q_block)
 
     def lines(self, vertical_score: Tensor, slash_score: Tensor) -> tuple[Tensor, Tensor]:
         """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them."""
@@ -83,37 +88,21 @@ def line_scores(query: Tensor, key: Tensor, prompt: Prompt, *, num_last: int = 6
     """
     batch, heads, _, dim = query.shape
     group_heads, keys = key.shape[1:3]
-    last = query.detach()[:, :, -num_last:] * prompt.scale
+    last = query.detach()[:, :, -num_last:].float() * prompt.scale
     rows = last.shape[2]
-    logits = (last.reshape(batch, group_heads, -1, dim) @ key.detach().mT).float().view(batch, heads, rows, keys)
+    # As many keys in front as rows, which nobody sees: row r of one more entry than the others has distance d in the
+    # column of distance d of row 0.
+    padded = torch.nn.functional.pad(key.detach().float(), (0, 0, rows, 0))
+    logits = (last.reshape(batch, group_heads, -1, dim) @ padded.mT).view(batch, heads, rows, rows + keys)
     if prompt.softcap is not None:
-        logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
-    seen = causal_mask(rows, keys, window=prompt.window, device=key.device)
-    prob = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    # In the mirrored row r, distance d is at d + rows - 1 - r: read in rows shorter by one, each is in one column.
-    mirrored = torch.nn.functional.pad(prob.flip(-1), (0, rows))
-    flat = mirrored.flatten(-2)[..., rows - 1 : rows - 1 + rows * (keys + rows - 1)]
-    return prob.sum(-2), flat.view(batch, heads, rows, -1)[..., :keys].sum(-2)
-
-
-def line_pattern(vertical: Tensor, slash: Tensor, *, num_queries: int, q_block: int) -> KeyLists:
-    """The key lists of kept columns and distances.
-
-    Args:
-        vertical: ``[B, H, Tk]`` bool by position.
-        slash: ``[B, H, Tk]`` bool by distance.
-        num_queries: the last tokens are queries.
-        q_block: queries in a block.
-    """
-    keys, device = vertical.shape[-1], vertical.device
-    first = keys - num_queries
-    start = torch.arange(first - first % q_block, keys, q_block, device=device)
-    # Key j is in the tile of distance d if start - j <= d < start - j + q_block. That depends on j - start alone:
-    # covered says it for j - start from -keys on, and every block reads its part of it, the last block first.
-    before = torch.nn.functional.pad(slash.cumsum(-1, dtype=torch.int32), (q_block, 0))
-    before = torch.cat([before, before[..., -1:].expand(*before.shape[:-1], q_block)], dim=-1)
-    covered = (before[..., q_block:] > before[..., :-q_block]).flip(-1)
-    covered = torch.nn.functional.pad(covered, (0, keys))[..., keys - int(start[-1]) :]
-    kept = covered.unfold(-1, keys, q_block)[..., : len(start), :].flip(-2)
-    kept |= vertical.unsqueeze(-2) & (torch.arange(keys, device=device) < (start + q_block).unsqueeze(-1))
-    return KeyLists.from_mask(kept, q_block=q_block)
+        logits.div_(prompt.softcap).tanh_().mul_(prompt.softcap)
+    logits[..., :rows] = -torch.inf
+    if prompt.window is None:  # then only the latest keys are hidden from any of the rows
+        logits[..., keys:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool, device=key.device).triu(1), -torch.inf)
+    else:
+        seen = causal_mask(rows, keys, window=prompt.window, device=key.device)
+        logits[..., rows:].masked_fill_(~seen, -torch.inf)
+    prob = logits.softmax(-1)
+    stride = prob.stride()
+    diagonals = prob.as_strided((batch, heads, rows, keys), (*stride[:2], rows + keys + 1, 1), 1)
+    return prob[..., rows:].sum(-2), diagonals.sum(-2).flip(-1)

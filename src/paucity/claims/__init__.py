@@ -30,6 +30,11 @@ CLAIMS: dict[str, Claim] = {
         "sharded_union",
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
+    "minference-crossover": Claim(
+        "minference_crossover",
+        "2407.02490",
+        "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
+        "long ones.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

@@ -30,7 +30,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Kernel:
-    """The dtypes that the twins of a kernel take; the reference takes every float dtype."""
+    """The dtypes that the twins of a kernel take; the reference takes every float dtype, or bool where they do."""
 
     native: tuple[torch.dtype, ...] = _HALVES
     triton: tuple[torch.dtype, ...] = (*_HALVES, torch.float16)
@@ -39,6 +39,7 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     "codes": Kernel(),
     "decode attention": Kernel(),
+    "lines": Kernel(native=(torch.bool,), triton=(torch.bool,)),
     "packed linear": Kernel(),
     "selection": Kernel(),
     "sparse attention": Kernel(),
@@ -130,8 +131,8 @@ def status() -> dict[str, str]:
     built = ", ".join(native.instruction_sets())
     facts = {"requested": requested(), "native": f"built ({built})" if built else "not built"}
     facts["triton"] = "not installed" if not has_triton() else "interpreter" if interprets_triton() else "installed"
-    for kernel in KERNELS:
-        chosen = _twin(kernel, device, torch.bfloat16)
+    for kernel, takes in KERNELS.items():
+        chosen = _twin(kernel, device, takes.native[-1])
         facts[kernel] = f"native, {native.instruction_set()}" if chosen == "native" else chosen
     return facts
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_ndim
+from ..checks import check_choice, check_divides, check_int, check_ndim, check_shape
 from .formats.block import BlockMask
 
 
@@ -94,3 +94,35 @@ def block_mask(blocks: Tensor, num_queries: int, num_keys: int, *, q_block: int,
     check_ndim("block_mask", "blocks", blocks, 4)
     lead = (num_keys - num_queries) % q_block
     return BlockMask(blocks, q_block, k_block, num_queries + lead, num_keys)
+
+
+def diagonal_blocks(
+    num_queries: int, num_keys: int, q_block: int, k_block: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Blocks of keys that hold the position of a query of the row: bool ``[blocks of queries, blocks of keys]``.
+
+    Arguments as in `visible_blocks`; the first block of queries counts as whole.
+    """
+    first = num_keys - num_queries
+    low = torch.arange(first // q_block, -(-num_keys // q_block), device=device).unsqueeze(-1) * q_block
+    start = torch.arange(0, num_keys, k_block, device=device)
+    return (start < (low + q_block).clamp(max=num_keys)) & (start + k_block > low)
+
+
+def grouped_products(query: Tensor, key: Tensor) -> Tensor:
+    """``q . k`` for all pairs, without repeated keys: ``[B, H, n, m]``.
+
+    Args:
+        query: ``[B, H, n, D]`` float.
+        key: ``[B, H_kv, m, D]`` of the same dtype, ``H`` a multiple of ``H_kv``.
+
+    Raises:
+        InputError: if the shapes do not fit each other.
+    """
+    check_ndim("grouped_products", "query", query, 4)
+    batch, heads, rows, dim = query.shape
+    check_shape("grouped_products", "key", key, batch, None, None, dim)
+    check_divides("grouped_products", "the heads of key", key.shape[1], heads, "the heads of query")
+    # Sizes are spelled out: -1 is ambiguous where nothing is there.
+    together = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, dim)
+    return (together @ key.mT).view(batch, heads, rows, key.shape[2])

@@ -60,6 +60,8 @@ class KeyLists:
         self, num_queries: int, num_keys: int, *, padding: Tensor | None = None, window: int | None = None
     ) -> Tensor:
         """Pairs of a query and a key that it sees, ``[B, H]`` int64, padded queries not counted."""
+        if padding is None and (window is None or window >= num_keys) and self.positions.numel():
+            return self._causal_pairs(num_keys - num_queries, num_keys)
         key, offset = self.positions.long(), num_keys - num_queries
         start = offset + self.q_block * torch.arange(key.shape[2], device=key.device).view(-1, 1)
         stop = (start + self.q_block).clamp(max=num_keys)
@@ -75,6 +77,18 @@ class KeyLists:
             rows = (before.gather(-1, stop.clamp(min=0)) - before.gather(-1, first)).clamp(min=0)
             used = used & (before.gather(-1, at + 1) > before.gather(-1, at))
         return (rows * used).sum((-1, -2))
+
+    def _causal_pairs(self, offset: int, num_keys: int) -> Tensor:
+        """As `kept_pairs`: all queries of a block see the keys before it, so that only those inside are looked at."""
+        rows, width = self.positions.contiguous(), self.positions.shape[-1]
+        start = offset + self.q_block * torch.arange(rows.shape[2], device=rows.device)
+        stop = (start + self.q_block).clamp(max=num_keys)
+        edges = torch.stack([torch.zeros_like(start), start, stop], dim=-1).to(rows.dtype)
+        first, own, end = torch.searchsorted(rows, edges.expand(*rows.shape[:2], -1, -1).contiguous()).unbind(-1)
+        place = own.unsqueeze(-1) + torch.arange(min(self.q_block, width), device=rows.device)
+        key = rows.gather(-1, place.clamp(max=width - 1)).long()
+        inside = ((stop.unsqueeze(-1) - key) * (place < end.unsqueeze(-1))).sum(-1)
+        return ((own - first) * (stop - start) + inside).sum(-1)
 
 
 @dataclass(frozen=True)
