@@ -24,6 +24,10 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "hierarchical": Row(
+        full={"k": 64, "q_block": 16},
+        sparse={"k": 2, "q_block": 4, "k_block": 1, "window_size": 2, "num_sinks": 1},
+    ),
     "per_head": Row(
         full={
             "choices": [

@@ -2,6 +2,7 @@
 
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .hierarchical import Hierarchical
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -13,6 +14,7 @@ from .vertical_slash import VerticalSlash
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "Hierarchical",
     "LayerTelemetry",
     "Part",
     "PerHead",
