@@ -47,7 +47,7 @@ class Method:
 # fmt: off
 METHODS: dict[str, Method] = {
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
-    "hierarchical": Method("attention.hierarchical:Hierarchical", family="attention", paper="2406.09827", title="A Training-Free Sub-Quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention", ops=("tree_select", "sparse_attention")),
+    "hierarchical": Method("attention.hierarchical:Hierarchical", family="attention", paper="2406.09827", title="A Training-Free Sub-Quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention", ops=("tree_select", "sparse_attention"), claims=("hip-beats-window", "hip-scaling")),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
