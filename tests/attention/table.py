@@ -30,6 +30,9 @@ ROWS: dict[str, Row] = {
     "block_topk": Row(
         full={"num_blocks": 1000, "q_block": 16, "k_block": 8},
         sparse={"num_blocks": 3, "q_block": 8, "k_block": 4},
+    "hierarchical": Row(
+        full={"k": 64, "q_block": 16},
+        sparse={"k": 2, "q_block": 4, "k_block": 1, "window_size": 2, "num_sinks": 1},
     ),
     "per_head": Row(
         full={

@@ -9,6 +9,7 @@ from .longgen import LongGen
 from .block_topk import BlockTopK
 from .compute import Attended, Part, attend_pattern
 from .minference import HeadChoice, MInference
+from .hierarchical import Hierarchical
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -27,6 +28,7 @@ __all__ = [
     "Crossover",
     "BlockSparse",
     "Flash",
+    "Hierarchical",
     "LayerTelemetry",
     "LongGen",
     "BlockTopK",

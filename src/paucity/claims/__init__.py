@@ -35,6 +35,15 @@ CLAIMS: dict[str, Claim] = {
         "2407.02490",
         "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
         "long ones.",
+    "hip-beats-window": Claim(
+        "hip_beats_window",
+        "2406.09827",
+        "At equal cost HiP keeps retrieval and perplexity better than a window with sinks, and it overlooks no token.",
+    ),
+    "hip-scaling": Claim(
+        "hip_scaling",
+        "2406.09827",
+        "HiP's selection takes time as T log T and its attention as T, where dense attention takes it as T squared.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

@@ -45,6 +45,7 @@ KERNELS: dict[str, Kernel] = {
     "sparse attention": Kernel(),
     "sparse convolution": Kernel(),
     "sparse linear": Kernel(),
+    "tree search": Kernel(triton=()),
 }
 
 

@@ -1,0 +1,258 @@
+// Tree search for the keys that a block of queries sees: equal segments of what it may see are split in two, each half is
+// scored by the key block in its middle, the best ones stay, and so on until a segment is one key block.
+#include "../pack.h"
+
+namespace {
+
+// The arguments, laid out as in kernels/tree/native.py. Strides count elements; the last dimension is contiguous.
+struct Tree {
+  int64_t size;  // of this structure, as the caller knows it
+  int64_t dtype, batch, heads, kv_heads, queries, keys, dim;
+  int64_t query_strides[3], key_strides[3];  // batch, head, token
+  const void *query, *key;
+  const int64_t *spans;  // [blocks, 5]
+  int64_t blocks, q_block, query_stride, segments, k_block, window, width;  // window 0 is none
+  int32_t *positions;  // [batch, heads, blocks, width]
+  int64_t *counts;     // [batch, heads, blocks]
+};
+
+// Queries [first, stop) of the text; they see the keys [oldest, far) and [near, stop) in any case, and search the rest.
+struct Span {
+  int64_t first, stop, oldest, far, near;
+};
+
+enum { BAD_STRUCTURE = 1 };
+
+constexpr int64_t ROWS = 48;  // keys scored at a time
+
+// Lane j of the result is the highest lane of v[j].
+INLINE f32x16 max_each(const f32x16 *v) {
+#if defined(__AVX512F__)
+  __m512 four[4];
+  for (int i = 0; i < 4; i++) {
+    const __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1], c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
+    const __m512d ab = _mm512_castps_pd(_mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    four[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  for (int i = 0; i < 4; i += 2)
+    four[i / 2] = _mm512_max_ps(_mm512_shuffle_f32x4(four[i], four[i + 1], 0x88),
+                                _mm512_shuffle_f32x4(four[i], four[i + 1], 0xdd));
+  return (f32x16)_mm512_max_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                               _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+#else
+  f32x16 most;
+  for (int j = 0; j < 16; j++) most[j] = hmax(v[j]);
+  return most;
+#endif
+}
+
+// Unsigned integers in the order of the scores, -0 as +0.
+INLINE u32x16 rank(f32x16 x) {
+  i32x16 bits = (i32x16)(x + 0.0f);
+  return (u32x16)(bits ^ ((bits >> 31) | (int32_t)0x80000000));
+}
+
+static int32_t count_at_least(const uint32_t *keys, int32_t n, uint32_t least) {
+  int32_t count = 0;
+  for (int32_t i = 0; i < n; i++) count += keys[i] >= least;
+  return count;
+}
+
+// One thread's memory.
+template <class T, class E>
+struct Work {
+  E *query, *spare;
+  float *scores, *best;
+  uint32_t *ranks;
+  int32_t *places, *from, *size, *half, *half_size, *lane_query;
+  const E **rows;
+  float **score_rows;
+  int64_t lanes, row_size;
+
+  void take(Arena &arena, const Tree &p) {
+    const int64_t halves = 2 * p.segments;
+    lanes = padded(ceil_div(min_of(p.q_block, p.keys), p.query_stride));
+    row_size = padded(p.dim) + 16;
+    query = arena.take<E>(in_elements<E>(p.dim) * lanes);
+    spare = arena.take<E>(max_of(ROWS, lanes) * row_size);
+    scores = arena.take<float>(ROWS * lanes);
+    best = arena.take<float>(halves * p.k_block + ROWS);
+    ranks = arena.take<uint32_t>(halves + LANES);
+    places = arena.take<int32_t>(halves * p.k_block + ROWS);
+    from = arena.take<int32_t>(p.segments);
+    size = arena.take<int32_t>(p.segments);
+    half = arena.take<int32_t>(halves);
+    half_size = arena.take<int32_t>(halves);
+    lane_query = arena.take<int32_t>(lanes);
+    rows = arena.take<const E *>(max_of(ROWS, lanes));
+    score_rows = arena.take<float *>(ROWS);
+    if (!arena.base) return;
+    for (int64_t i = 0; i < ROWS; i++) score_rows[i] = scores + i * lanes;
+  }
+};
+
+// Every query_stride-th query of the block, its last one among them, into the lanes; lanes left over repeat the last.
+template <class T, class E>
+static void take_queries(const Tree &p, const Span &s, int64_t b, int64_t head, Work<T, E> &w) {
+  const T *query = (const T *)p.query + b * p.query_strides[0] + head * p.query_strides[1];
+  const int64_t count = ceil_div(s.stop - s.first, p.query_stride), before = p.keys - p.queries;
+  for (int64_t lane = 0; lane < w.lanes; lane++) {
+    int64_t at = s.stop - 1 - max_of(0, count - 1 - lane) * p.query_stride;
+    w.lane_query[lane] = (int32_t)at;
+    w.rows[lane] = as_elements(query + (at - before) * p.query_strides[2], p.dim, w.spare + lane * w.row_size);
+  }
+  const int64_t deep = in_elements<E>(p.dim);
+  for (int64_t lane = 0; lane < w.lanes; lane += 64)
+    pack_across(w.rows + lane, min_of(64, w.lanes - lane), deep, w.query + lane, w.lanes);
+}
+
+// best[i] = the highest product of the key at places[i] with a query that sees it.
+template <class T, class E>
+static void score(const Tree &p, const T *key, int64_t count, Work<T, E> &w) {
+  const int64_t deep = in_elements<E>(p.dim), stride = p.key_strides[2];
+  const int64_t lines = ceil_div(p.dim * (int64_t)sizeof(T), 64);
+  const f32x16 nothing = set1(-__builtin_inff());
+  for (int64_t r = 0; r < count; r += ROWS) {
+    const int64_t n = min_of(ROWS, count - r), next = min_of(ROWS, count - r - n);
+    for (int64_t i = 0; i < next; i++)
+      for (int64_t line = 0; line < lines; line++)
+        __builtin_prefetch((const char *)(key + w.places[r + n + i] * stride) + line * 64);
+    for (int64_t i = 0; i < n; i++)
+      w.rows[i] = as_elements(key + w.places[r + i] * stride, p.dim, w.spare + i * w.row_size);
+    product<false, REPLACE>(w.rows, n, deep, w.query, w.lanes, 0, w.lanes, w.score_rows);
+    for (int64_t i = 0; i < n; i += LANES) {
+      f32x16 most[LANES];
+      for (int64_t j = 0; j < LANES; j++) {
+        most[j] = nothing;
+        if (i + j >= n) continue;
+        const float *row = w.scores + (i + j) * w.lanes;
+        const int32_t until = (int32_t)min_of(INT32_MAX, w.places[r + i + j] + p.window);  // the first that sees it not
+        for (int64_t lane = 0; lane < w.lanes; lane += LANES) {
+          f32x16 x = load(row + lane);
+          if (p.window) {
+            i32x16 at;
+            memcpy(&at, w.lane_query + lane, sizeof at);
+            x = (at < until) ? x : nothing;
+          }
+          most[j] = max(most[j], x);
+        }
+      }
+      store(w.best + r + i, max_each(most));
+    }
+  }
+}
+
+// The `segments` best halves, in order of position; of equal ones the first.
+template <class T, class E>
+static int64_t keep_best(const Tree &p, int64_t halves, Work<T, E> &w) {
+  int64_t kept = 0;
+  if (halves <= p.segments) {
+    memcpy(w.from, w.half, halves * sizeof(int32_t));
+    memcpy(w.size, w.half_size, halves * sizeof(int32_t));
+    return halves;
+  }
+  for (int64_t i = 0; i < halves; i++) {
+    float most = w.best[i * p.k_block];
+    for (int64_t j = 1; j < p.k_block; j++) most = w.best[i * p.k_block + j] > most ? w.best[i * p.k_block + j] : most;
+    ((float *)w.ranks)[i] = most;
+  }
+  for (int64_t i = 0; i < halves; i += LANES) {
+    u32x16 key = rank(load((float *)w.ranks + i));
+    memcpy(w.ranks + i, &key, sizeof key);
+  }
+  const int32_t n = (int32_t)halves, wanted = (int32_t)p.segments;
+  uint32_t least = 0;
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1)
+    if (count_at_least(w.ranks, n, least | bit) >= wanted) least |= bit;
+  int64_t equal = wanted - (least == 0xffffffff ? 0 : count_at_least(w.ranks, n, least + 1));
+  for (int64_t i = 0; i < halves && kept < p.segments; i++) {
+    const bool tied = w.ranks[i] == least, stays = w.ranks[i] > least || (tied && equal > 0);
+    equal -= tied && equal > 0;
+    w.from[kept] = w.half[i];
+    w.size[kept] = w.half_size[i];
+    kept += stays;
+  }
+  return kept;
+}
+
+// The key blocks that the search finds, counted from the span's `far`, ascending in `from`.
+template <class T, class E>
+static int64_t search(const Tree &p, const Span &s, int64_t b, int64_t head, Work<T, E> &w) {
+  const T *key = (const T *)p.key + b * p.key_strides[0] + head / (p.heads / p.kv_heads) * p.key_strides[1];
+  const int64_t blocks = ceil_div(s.near - s.far, p.k_block);
+  int64_t count = min_of(blocks, p.segments);
+  for (int64_t j = 0; j < count; j++) {
+    w.from[j] = (int32_t)(j * blocks / count);
+    w.size[j] = (int32_t)((j + 1) * blocks / count) - w.from[j];
+  }
+  if (blocks <= p.segments) return count;
+  take_queries(p, s, b, head, w);
+  for (int32_t longest = 2; longest > 1;) {
+    int64_t halves = 0;
+    for (int64_t j = 0; j < count; j++) {
+      const int32_t low = w.size[j] / 2;
+      w.half[halves] = w.from[j];
+      w.half_size[halves] = low;
+      halves += low > 0;
+      w.half[halves] = w.from[j] + low;
+      w.half_size[halves++] = w.size[j] - low;
+    }
+    int64_t places = 0;
+    for (int64_t i = 0; i < halves; i++) {
+      const int64_t middle = s.far + (w.half[i] + w.half_size[i] / 2) * p.k_block;
+      for (int64_t j = 0; j < p.k_block; j++) w.places[places++] = (int32_t)min_of(middle + j, s.near - 1);
+    }
+    score(p, key, places, w);
+    count = keep_best(p, halves, w);
+    longest = 1;
+    for (int64_t j = 0; j < count; j++) longest = w.size[j] > longest ? w.size[j] : longest;
+  }
+  return count;
+}
+
+template <class T>
+static void select(const Tree &p, int64_t threads) {
+  typedef typename Element<T>::type E;
+  const int64_t total = p.batch * p.heads * p.blocks;
+#pragma omp parallel num_threads(max_of(1, min_of(threads, total)))
+  {
+    Work<T, E> w;
+    Arena arena = {};
+    w.take(arena, p);
+    Scratch memory(arena.used);
+    arena = {(char *)memory.at, 0};
+    w.take(arena, p);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t task = 0; task < total; task++) {
+      const int64_t i = p.blocks - 1 - task % p.blocks, bh = task / p.blocks;  // the longest first
+      const int64_t *span = p.spans + 5 * i;
+      const Span s = {span[0], span[1], span[2], span[3], span[4]};
+      const int64_t found = search(p, s, bh / p.heads, bh % p.heads, w);
+      int64_t searched = 0;
+      for (int64_t j = 0; j < found; j++)
+        searched += min_of(p.k_block, s.near - s.far - w.from[j] * p.k_block);
+      const int64_t count = (s.far - s.oldest) + searched + (s.stop - s.near);
+      int32_t *to = p.positions + (bh * p.blocks + i) * p.width;
+      p.counts[bh * p.blocks + i] = count;
+      for (int64_t j = count; j < p.width; j++) *to++ = -1;
+      for (int64_t j = s.oldest; j < s.far; j++) *to++ = (int32_t)j;
+      for (int64_t j = 0; j < found; j++) {
+        const int64_t start = s.far + w.from[j] * p.k_block, stop = min_of(start + p.k_block, s.near);
+        for (int64_t at = start; at < stop; at++) *to++ = (int32_t)at;
+      }
+      for (int64_t j = s.near; j < s.stop; j++) *to++ = (int32_t)j;
+    }
+  }
+}
+
+}  // namespace
+
+PAUCITY_KERNEL(tree_select)(const Tree *p, int64_t threads) {
+  if (p->size != (int64_t)sizeof(Tree)) return BAD_STRUCTURE;
+  if (p->dtype == F32)
+    select<float>(*p, threads);
+  else
+    select<bf16>(*p, threads);
+  return 0;
+}
