@@ -24,6 +24,23 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "dual_chunk": Row(
+        full={"q_block": 16, "prefill_chunk": 64},
+        sparse={
+            "chunk_size": 64,
+            "local_size": 8,
+            "prefill_chunk": 16,
+            "q_block": 4,
+            "sparse": {
+                "num_vertical": 6,
+                "num_slash": 4,
+                "forced_vertical": 2,
+                "forced_slash": 2,
+                "num_last_queries": 4,
+                "min_length": 8,
+            },
+        },
+    ),
     "per_head": Row(
         full={
             "choices": [
