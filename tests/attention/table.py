@@ -33,6 +33,22 @@ ROWS: dict[str, Row] = {
     "hierarchical": Row(
         full={"k": 64, "q_block": 16},
         sparse={"k": 2, "q_block": 4, "k_block": 1, "window_size": 2, "num_sinks": 1},
+    "dual_chunk": Row(
+        full={"q_block": 16, "prefill_chunk": 64},
+        sparse={
+            "chunk_size": 64,
+            "local_size": 8,
+            "prefill_chunk": 16,
+            "q_block": 4,
+            "sparse": {
+                "num_vertical": 6,
+                "num_slash": 4,
+                "forced_vertical": 2,
+                "forced_slash": 2,
+                "num_last_queries": 4,
+                "min_length": 8,
+            },
+        },
     ),
     "per_head": Row(
         full={
