@@ -2,28 +2,35 @@
 
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .influence import Influence, influence
+from .moa import MoA
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
 from .prompt import Prompt
 from .sink_window import SinkWindow
+from .spans import Spans
 from .telemetry import LayerTelemetry, observe
 from .vertical_slash import VerticalSlash
 
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "Influence",
     "LayerTelemetry",
+    "MoA",
     "Part",
     "PerHead",
     "PolicySearch",
     "PrefillPolicy",
     "Prompt",
     "SinkWindow",
+    "Spans",
     "VerticalSlash",
     "apply",
     "attend_pattern",
     "from_json",
+    "influence",
     "load_policy",
     "observe",
     "remove",
