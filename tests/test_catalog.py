@@ -24,6 +24,7 @@ SHARED_FILES = {
     "linear",
     "policy",
     "compute",
+    "influence",
     "portable",
     "prompt",
     "rotary",

@@ -78,6 +78,15 @@ ROWS: dict[str, Row] = {
     "tri_shape": Row(
         full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
         sparse={"num_sinks": 2, "window_size": 5, "num_last": 3, "q_block": 8},
+    "spans": Row(
+        full={"alpha": [[1000, 0, 0, 0], 0], "beta": [[0, 1, 1, 1], 1], "num_sinks": 0, "block_size": 1},
+        sparse={
+            "alpha": [[3, -4, 0, 6], 0],
+            "beta": [[0.0, 0.5, 0.25, 0.0], 0.25],
+            "num_sinks": 2,
+            "block_size": 2,
+            "q_block": 8,
+        },
     ),
     "vertical_slash": Row(
         full={"num_vertical": 1000, "num_slash": 1, "q_block": 16, "forced_slash": 0},

@@ -10,6 +10,8 @@ from .block_topk import BlockTopK
 from .compute import Attended, Part, attend_pattern
 from .minference import HeadChoice, MInference
 from .hierarchical import Hierarchical
+from .influence import Influence, influence
+from .moa import MoA
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -17,6 +19,7 @@ from .power import Power
 from .prompt import Prompt
 from .sharded import Sharded
 from .sink_window import SinkWindow
+from .spans import Spans
 from .telemetry import LayerTelemetry, observe
 from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
@@ -35,6 +38,9 @@ __all__ = [
     "HeadChoice",
     "LayerTelemetry",
     "MInference",
+    "Influence",
+    "LayerTelemetry",
+    "MoA",
     "Part",
     "PerHead",
     "PolicySearch",
@@ -44,11 +50,13 @@ __all__ = [
     "Sharded",
     "SinkWindow",
     "TriShape",
+    "Spans",
     "VerticalSlash",
     "apply",
     "attend_pattern",
     "crossover",
     "from_json",
+    "influence",
     "load_policy",
     "observe",
     "record",
