@@ -47,7 +47,9 @@ class Method:
 # fmt: off
 METHODS: dict[str, Method] = {
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
+    "grid": Method("attention.grid:Grid", family="attention", paper="2504.16083", title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation Sparse Attention", ops=("topk_mask", "sparse_attention")),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
+    "neighbourhood": Method("attention.neighbourhood:Neighbourhood", family="attention", paper="2504.16922", title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light", ops=("neighbourhood_mask", "simulate_speedup", "sparse_attention"), claims=("gna-simulator",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
     "teal": Method("activations.teal:teal_mask", family="activations", paper="2408.14690", title="Training-Free Activation Sparsity in Large Language Models", ops=("threshold_mask", "topk_mask", "greedy"), claims=("wina-beats-teal",)),

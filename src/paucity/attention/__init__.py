@@ -2,6 +2,8 @@
 
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .grid import Grid
+from .neighbourhood import Neighbourhood, neighbourhood_attention
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -13,7 +15,9 @@ from .vertical_slash import VerticalSlash
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "Grid",
     "LayerTelemetry",
+    "Neighbourhood",
     "Part",
     "PerHead",
     "PolicySearch",
@@ -25,6 +29,7 @@ __all__ = [
     "attend_pattern",
     "from_json",
     "load_policy",
+    "neighbourhood_attention",
     "observe",
     "remove",
     "save_policy",

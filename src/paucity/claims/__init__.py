@@ -16,6 +16,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "gna-simulator": Claim(
+        "gna_simulator",
+        "2504.16922",
+        "The gain of neighbourhood attention follows a count of tiles, and many perfectly block-sparse cases reach it.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
