@@ -48,6 +48,30 @@ ROWS: dict[str, Row] = {
                 "num_last_queries": 4,
                 "min_length": 8,
             },
+    "grid": Row(
+        full={"strides": [1], "num_sinks": 0, "window_size": 1, "num_vertical": 0, "q_block": 16},
+        sparse={
+            "strides": [5, 8],
+            "num_sinks": 1,
+            "window_size": 4,
+            "num_vertical": 2,
+            "num_last_queries": 4,
+            "spans": [[3, 13], [16, 36]],
+            "boundary": "both",
+            "q_block": 4,
+        },
+    ),
+    "neighbourhood": Row(
+        full={"shape": [3, 4, 5], "start": 2, "window_size": 100, "q_block": 16},
+        sparse={
+            "shape": [3, 2, 4],
+            "start": 3,
+            "window_size": [2, 2, 3],
+            "stride": [1, 2, 1],
+            "dilation": [2, 1, 1],
+            "text_window": 7,
+            "q_block": 4,
+            "k_block": 8,
         },
     ),
     "per_head": Row(

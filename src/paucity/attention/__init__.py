@@ -12,6 +12,8 @@ from .minference import HeadChoice, MInference
 from .hierarchical import Hierarchical
 from .influence import Influence, influence
 from .moa import MoA
+from .grid import Grid
+from .neighbourhood import Neighbourhood, neighbourhood_attention
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -41,6 +43,9 @@ __all__ = [
     "Influence",
     "LayerTelemetry",
     "MoA",
+    "Grid",
+    "LayerTelemetry",
+    "Neighbourhood",
     "Part",
     "PerHead",
     "PolicySearch",
@@ -58,6 +63,7 @@ __all__ = [
     "from_json",
     "influence",
     "load_policy",
+    "neighbourhood_attention",
     "observe",
     "record",
     "remove",

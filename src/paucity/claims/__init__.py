@@ -44,6 +44,10 @@ CLAIMS: dict[str, Claim] = {
         "hip_scaling",
         "2406.09827",
         "HiP's selection takes time as T log T and its attention as T, where dense attention takes it as T squared.",
+    "gna-simulator": Claim(
+        "gna_simulator",
+        "2504.16922",
+        "The gain of neighbourhood attention follows a count of tiles, and many perfectly block-sparse cases reach it.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
