@@ -25,14 +25,19 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "anchor": Row(
+        full={"theta": 1e9, "step": 2, "q_block": 8},
+        sparse={"theta": 0.0, "step": 2, "q_block": 4},
+    ),
     "block_sparse": Row(full={"local_blocks": 1000, "q_block": 16}, sparse={"q_block": 4}),
-    "flash": Row(full={"q_block": 16}, sparse={"q_block": 8}, exact=True),
     "block_topk": Row(
         full={"num_blocks": 1000, "q_block": 16, "k_block": 8},
         sparse={"num_blocks": 3, "q_block": 8, "k_block": 4},
-    "hierarchical": Row(
-        full={"k": 64, "q_block": 16},
-        sparse={"k": 2, "q_block": 4, "k_block": 1, "window_size": 2, "num_sinks": 1},
+    ),
+    "chunked_hierarchical": Row(
+        full={"num_keys": 1000, "boundary_threshold": 1.0, "q_block": 16, "boundary_window": 2, "min_chunk": 4},
+        sparse={"density": 0.25, "q_block": 8, "k_block": 4},
+    ),
     "dual_chunk": Row(
         full={"q_block": 16, "prefill_chunk": 64},
         sparse={
@@ -48,6 +53,13 @@ ROWS: dict[str, Row] = {
                 "num_last_queries": 4,
                 "min_length": 8,
             },
+        },
+    ),
+    "flash": Row(full={"q_block": 16}, sparse={"q_block": 8}, exact=True),
+    "flexprefill": Row(
+        full={"min_budget": 1000, "q_block": 16},
+        sparse={"gamma": 0.3, "tau": 0.2, "min_budget": 4, "q_block": 4},
+    ),
     "grid": Row(
         full={"strides": [1], "num_sinks": 0, "window_size": 1, "num_vertical": 0, "q_block": 16},
         sparse={
@@ -60,6 +72,14 @@ ROWS: dict[str, Row] = {
             "boundary": "both",
             "q_block": 4,
         },
+    ),
+    "hierarchical": Row(
+        full={"k": 64, "q_block": 16},
+        sparse={"k": 2, "q_block": 4, "k_block": 1, "window_size": 2, "num_sinks": 1},
+    ),
+    "hyper": Row(
+        full={"exact_length": 3, "q_block": 2, "num_samples": 1000},
+        sparse={"exact_length": 2, "q_block": 2, "num_samples": 1},
     ),
     "neighbourhood": Row(
         full={"shape": [3, 4, 5], "start": 2, "window_size": 100, "q_block": 16},
@@ -99,9 +119,6 @@ ROWS: dict[str, Row] = {
         full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
         sparse={"num_sinks": 2, "window_size": 5, "q_block": 8},
     ),
-    "tri_shape": Row(
-        full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
-        sparse={"num_sinks": 2, "window_size": 5, "num_last": 3, "q_block": 8},
     "spans": Row(
         full={"alpha": [[1000, 0, 0, 0], 0], "beta": [[0, 1, 1, 1], 1], "num_sinks": 0, "block_size": 1},
         sparse={
@@ -111,6 +128,10 @@ ROWS: dict[str, Row] = {
             "block_size": 2,
             "q_block": 8,
         },
+    ),
+    "tri_shape": Row(
+        full={"num_sinks": 0, "window_size": 1000, "q_block": 16},
+        sparse={"num_sinks": 2, "window_size": 5, "num_last": 3, "q_block": 8},
     ),
     "vertical_slash": Row(
         full={"num_vertical": 1000, "num_slash": 1, "q_block": 16, "forced_slash": 0},
@@ -122,6 +143,10 @@ ROWS: dict[str, Row] = {
             "num_last_queries": 4,
             "q_block": 4,
         },
+    ),
+    "xattention": Row(
+        full={"threshold": 1.0, "stride": 4, "q_block": 16, "k_block": 8},
+        sparse={"threshold": 0.3, "stride": 2, "q_block": 4, "k_block": 4},
     ),
 }
 METHODS = [name for name in methods() if issubclass(options_for(name), PrefillPolicy)]

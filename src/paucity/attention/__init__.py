@@ -1,18 +1,21 @@
 """Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
 
+from .anchor import Anchor
 from .apply import AppliedAttention, apply, remove
 from .block_sparse import BlockSparse
+from .block_topk import BlockTopK
+from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
 from .flash import Flash
-from .longgen import LongGen
-from .block_topk import BlockTopK
-from .compute import Attended, Part, attend_pattern
-from .minference import HeadChoice, MInference
-from .hierarchical import Hierarchical
-from .influence import Influence, influence
-from .moa import MoA
+from .flexprefill import FlexPrefill
 from .grid import Grid
+from .hierarchical import Hierarchical
+from .hyper import Hyper
+from .influence import Influence, influence
+from .longgen import LongGen
+from .minference import HeadChoice, MInference
+from .moa import MoA
 from .neighbourhood import Neighbourhood, neighbourhood_attention
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
@@ -26,25 +29,27 @@ from .telemetry import LayerTelemetry, observe
 from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
 from .watch import record
+from .xattention import XAttention
 
 __all__ = [
+    "Anchor",
     "AppliedAttention",
     "Attended",
-    "Crossover",
     "BlockSparse",
-    "Flash",
-    "Hierarchical",
-    "LayerTelemetry",
-    "LongGen",
     "BlockTopK",
+    "ChunkedHierarchical",
+    "Crossover",
+    "Flash",
+    "FlexPrefill",
+    "Grid",
     "HeadChoice",
-    "LayerTelemetry",
-    "MInference",
+    "Hierarchical",
+    "Hyper",
     "Influence",
     "LayerTelemetry",
+    "LongGen",
+    "MInference",
     "MoA",
-    "Grid",
-    "LayerTelemetry",
     "Neighbourhood",
     "Part",
     "PerHead",
@@ -54,9 +59,10 @@ __all__ = [
     "Prompt",
     "Sharded",
     "SinkWindow",
-    "TriShape",
     "Spans",
+    "TriShape",
     "VerticalSlash",
+    "XAttention",
     "apply",
     "attend_pattern",
     "crossover",

@@ -16,10 +16,36 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "dhsa-beats-block-sparse": Claim(
+        "dhsa_beats_block_sparse",
+        "2510.24606",
+        "At equal density, DHSA keeps a language model and its retrieval better than block-sparse attention does.",
+    ),
+    "gna-simulator": Claim(
+        "gna_simulator",
+        "2504.16922",
+        "The gain of neighbourhood attention follows a count of tiles, and many perfectly block-sparse cases reach it.",
+    ),
+    "hip-beats-window": Claim(
+        "hip_beats_window",
+        "2406.09827",
+        "At equal cost HiP keeps retrieval and perplexity better than a window with sinks, and it overlooks no token.",
+    ),
+    "hip-scaling": Claim(
+        "hip_scaling",
+        "2406.09827",
+        "HiP's selection takes time as T log T and its attention as T, where dense attention takes it as T squared.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
         "With the middle third of the layers full, a model keeps more than with sparse layers alone at equal cost.",
+    ),
+    "minference-crossover": Claim(
+        "minference_crossover",
+        "2407.02490",
+        "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
+        "long ones.",
     ),
     "power-receptive-field": Claim(
         "power_receptive_field",
@@ -30,24 +56,6 @@ CLAIMS: dict[str, Claim] = {
         "sharded_union",
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
-    "minference-crossover": Claim(
-        "minference_crossover",
-        "2407.02490",
-        "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
-        "long ones.",
-    "hip-beats-window": Claim(
-        "hip_beats_window",
-        "2406.09827",
-        "At equal cost HiP keeps retrieval and perplexity better than a window with sinks, and it overlooks no token.",
-    ),
-    "hip-scaling": Claim(
-        "hip_scaling",
-        "2406.09827",
-        "HiP's selection takes time as T log T and its attention as T, where dense attention takes it as T squared.",
-    "gna-simulator": Claim(
-        "gna_simulator",
-        "2504.16922",
-        "The gain of neighbourhood attention follows a count of tiles, and many perfectly block-sparse cases reach it.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
