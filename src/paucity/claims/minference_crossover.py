@@ -85,7 +85,9 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         claim=NAME,
         paper=CLAIMS[NAME].paper,
         statement=CLAIMS[NAME].statement,
-        paper_figure={"speedup of the prefill by thousands of tokens": {"10": 0.35, "50": 1.13, "100": 1.78, "1000": 9.9}},
+        paper_figure={
+            "speedup of the prefill by thousands of tokens": {"10": 0.35, "50": 1.13, "100": 1.78, "1000": 9.9}
+        },
         measured={
             "crossover_length": crossover,
             "speedup": dict(zip(map(str, lengths), ratios, strict=True)),
