@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.lines import line_lists
-from ..ops.formats.stripes import KeyLists, causal_mask
+from ..kernels.lines import line_lists, line_mass
+from ..ops.formats.stripes import KeyLists
 from ..ops.select import num_kept, topk_mask
 from .policy import PrefillPolicy
 from .prompt import Prompt
@@ -86,23 +86,5 @@ def line_scores(query: Tensor, key: Tensor, prompt: Prompt, *, num_last: int = 6
     Returns:
         By position ``[B, H, Tk]`` and by distance ``[B, H, Tk]``, float32, detached.
     """
-    batch, heads, _, dim = query.shape
-    group_heads, keys = key.shape[1:3]
-    last = query.detach()[:, :, -num_last:].float() * prompt.scale
-    rows = last.shape[2]
-    # As many keys in front as rows, which nobody sees: row r of one more entry than the others has distance d in the
-    # column of distance d of row 0.
-    padded = torch.nn.functional.pad(key.detach().float(), (0, 0, rows, 0))
-    logits = (last.reshape(batch, group_heads, -1, dim) @ padded.mT).view(batch, heads, rows, rows + keys)
-    if prompt.softcap is not None:
-        logits.div_(prompt.softcap).tanh_().mul_(prompt.softcap)
-    logits[..., :rows] = -torch.inf
-    if prompt.window is None:  # then only the latest keys are hidden from any of the rows
-        logits[..., keys:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool, device=key.device).triu(1), -torch.inf)
-    else:
-        seen = causal_mask(rows, keys, window=prompt.window, device=key.device)
-        logits[..., rows:].masked_fill_(~seen, -torch.inf)
-    prob = logits.softmax(-1)
-    stride = prob.stride()
-    diagonals = prob.as_strided((batch, heads, rows, keys), (*stride[:2], rows + keys + 1, 1), 1)
-    return prob[..., rows:].sum(-2), diagonals.sum(-2).flip(-1)
+    last = query.detach()[:, :, -num_last:]
+    return line_mass(last, key.detach(), scale=prompt.scale, softcap=prompt.softcap, window=prompt.window)

@@ -39,7 +39,7 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     "codes": Kernel(),
     "decode attention": Kernel(),
-    "lines": Kernel(native=(torch.bool,), triton=(torch.bool,)),
+    "lines": Kernel((torch.bool, *_HALVES), (torch.bool, *_HALVES, torch.float16)),
     "packed linear": Kernel(),
     "selection": Kernel(),
     "sparse attention": Kernel(),
@@ -132,8 +132,8 @@ def status() -> dict[str, str]:
     built = ", ".join(native.instruction_sets())
     facts = {"requested": requested(), "native": f"built ({built})" if built else "not built"}
     facts["triton"] = "not installed" if not has_triton() else "interpreter" if interprets_triton() else "installed"
-    for kernel, takes in KERNELS.items():
-        chosen = _twin(kernel, device, takes.native[-1])
+    for kernel in KERNELS:
+        chosen = _twin(kernel, device, torch.bfloat16)
         facts[kernel] = f"native, {native.instruction_set()}" if chosen == "native" else chosen
     return facts
 

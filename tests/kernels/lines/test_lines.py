@@ -1,10 +1,10 @@
-"""Key lists of columns and diagonals, against loops over blocks and distances, for every twin."""
+"""The mass of columns and diagonals, and their key lists, against loops, for every twin."""
 
 import pytest
 import torch
 
 from paucity.checks import InputError, InputTypeError
-from paucity.kernels.lines import line_lists, op, reference
+from paucity.kernels.lines import line_lists, line_mass, op, reference
 from paucity.measure.flops import flops
 
 SIZES = [(1, 1, 4), (63, 63, 7), (130, 130, 64), (31, 50, 16), (3, 40, 64), (1, 33, 16), (40, 40, 10**12)]
@@ -75,7 +75,59 @@ def test_empty(twin, shape):
     assert line_lists(nobody, nobody, num_queries=0, q_block=4).positions.shape == (1, 1, 0, 0)
 
 
-def test_operators_are_well_formed_and_multiply_nothing(native_twin):
+def naive_mass(last, key, scale, softcap, window):
+    """By dense masks in double precision."""
+    last, key = last.double(), key.double().repeat_interleave(last.shape[1] // key.shape[1], 1)
+    rows, keys = last.shape[2], key.shape[2]
+    logits = last @ key.mT * scale
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    distance = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)
+    prob = logits.masked_fill((distance < 0) | (distance >= (window or keys)), -torch.inf).softmax(-1)
+    slash = torch.zeros_like(prob[:, :, 0]).index_add_(-1, distance.flatten().clamp(min=0), prob.flatten(-2))
+    return prob.sum(-2), slash
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (50, 2.0), (10**6, None)])
+@pytest.mark.parametrize(("rows", "keys", "dim"), [(1, 1, 8), (63, 63, 7), (64, 200, 64), (70, 131, 33), (5, 1000, 16)])
+def test_mass_matches_naive(twin, rows, keys, dim, window, softcap, dtype):
+    generator = torch.Generator().manual_seed(keys)
+    last, key = (torch.randn(2, n, h, dim, generator=generator).to(dtype).mT.mT for h, n in ((rows, 4), (keys, 2)))
+    last, key = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (last, key))  # divided
+    found = line_mass(last.to(twin.device), key.to(twin.device), scale=0.3, softcap=softcap, window=window)
+    for mass, wanted in zip(found, naive_mass(last, key, 0.3, softcap, window), strict=True):
+        assert mass.dtype == torch.float32
+        torch.testing.assert_close(mass.cpu(), wanted.float(), atol=2e-5, rtol=2e-5)
+
+
+def test_mass_does_not_depend_on_threads(native_twin, threads):
+    generator = torch.Generator().manual_seed(0)
+    last, key = torch.randn(1, 6, 64, 16, generator=generator), torch.randn(1, 3, 500, 16, generator=generator)
+    found = torch.cat(line_mass(last, key, scale=0.5))
+    torch.set_num_threads(3 - threads)
+    assert torch.equal(torch.cat(line_mass(last, key, scale=0.5)), found)
+
+
+def test_mass_of_bad_and_empty_input(twin):
+    last, key = torch.randn(1, 4, 5, 8, device=twin.device), torch.randn(1, 2, 9, 8, device=twin.device)
+    assert line_mass(last[:0], key[:0], scale=1.0)[0].shape == (0, 4, 9)
+    assert line_mass(last[:, :, :0], key, scale=1.0)[1].tolist() == [[[0.0] * 9] * 4]
+    with pytest.raises(InputError, match=r"last must have at most as many queries as keys \(4\), got 5"):
+        line_mass(last, key[:, :, :4], scale=1.0)
+    with pytest.raises(InputError, match="heads of key must divide those of last"):
+        line_mass(last[:, :3], key, scale=1.0)
+    with pytest.raises(InputError, match="key must have dtype"):
+        line_mass(last, key.bfloat16(), scale=1.0)
+    with pytest.raises(InputError, match=r"key must have shape \[1, any, any, 8\]"):
+        line_mass(last, key[..., :7], scale=1.0)
+    with pytest.raises(InputError, match="window must be"):
+        line_mass(last, key, scale=1.0, window=0)
+
+
+def test_operators_are_well_formed_and_multiply_nothing_but_for_the_mass(native_twin):
+    last, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 9, 8)
+    torch.library.opcheck(torch.ops.paucity.line_mass, (last, key, 0.5, None, 3))
+    assert flops(lambda: line_mass(last, key, scale=0.5)) == 2 * 4 * 5 * 9 * 8
     vertical, slash = masks(50)
     torch.library.opcheck(torch.ops.paucity.line_counts, (vertical, slash, 31, 16))
     counts = op.line_counts(vertical, slash, 31, 16)

@@ -1,12 +1,24 @@
-"""The C++ twin; see csrc/kernels/lines.cpp."""
+"""The C++ twin; see csrc/kernels/lines.cpp and csrc/kernels/line_scores.cpp."""
 
 import torch
 from torch import Tensor
 
-from ..native import INT, Pointer, function
+from ..native import DTYPES, FLOAT, INT, Pointer, function
 from .op import num_blocks
 
 _lines = function("lines", *[Pointer] * 4, *[INT] * 6)
+_scores = function("line_scores", *[Pointer] * 4, FLOAT, FLOAT, *[INT] * 8)
+
+
+def mass(last: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None) -> tuple[Tensor, Tensor]:
+    """As in the reference, for float32 and bfloat16."""
+    (batch, heads, rows, dim), (group_heads, keys) = last.shape, key.shape[1:3]
+    vertical, slash = (torch.empty(batch, heads, keys) for _ in range(2))
+    if vertical.numel():
+        sizes = (batch, heads, group_heads, rows, keys, dim)
+        held = last.contiguous(), key.contiguous()
+        _scores(*held, vertical, slash, scale, softcap or 0.0, window or 0, *sizes, DTYPES[last.dtype])
+    return vertical, slash
 
 
 def counts(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> Tensor:

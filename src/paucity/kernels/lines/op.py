@@ -1,4 +1,7 @@
-"""The operators ``paucity::line_counts`` and ``paucity::line_positions``; lists are a choice and have no gradient."""
+"""The operators ``paucity::line_mass``, ``paucity::line_counts`` and ``paucity::line_positions``.
+
+They are for a choice, which has no gradient.
+"""
 
 from typing import Any
 
@@ -7,6 +10,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
+
+
+@torch.library.custom_op("paucity::line_mass", mutates_args=())
+def line_mass(
+    last: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """``[B, H, R, D], [B, H_kv, Tk, D] -> [B, H, Tk], [B, H, Tk]`` float32: mass by position and by distance."""
+    twin = dispatch.module("lines", last, __package__)
+    vertical, slash = twin.mass(last.detach(), key.detach(), scale, softcap, window)
+    return vertical, slash
 
 
 @torch.library.custom_op("paucity::line_counts", mutates_args=())
@@ -31,6 +44,12 @@ def num_blocks(num_keys: int, num_queries: int, q_block: int) -> int:
     return -(-num_keys // q_block) - (num_keys - num_queries) // q_block if num_queries else 0
 
 
+@line_mass.register_fake
+def _(last: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None) -> tuple[Tensor, Tensor]:
+    shape = (*last.shape[:2], key.shape[2])
+    return last.new_empty(shape, dtype=torch.float32), last.new_empty(shape, dtype=torch.float32)
+
+
 @line_counts.register_fake
 def _(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> Tensor:
     blocks = num_blocks(vertical.shape[-1], num_queries, q_block)
@@ -46,5 +65,10 @@ def _no_products(*_: Any, **__: Any) -> int:
     return 0
 
 
+def _mass_products(last: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * last.numel() * key.shape[2]
+
+
+register_flop_formula(torch.ops.paucity.line_mass, get_raw=True)(_mass_products)
 for _packet in (torch.ops.paucity.line_counts, torch.ops.paucity.line_positions):
     register_flop_formula(_packet, get_raw=True)(_no_products)

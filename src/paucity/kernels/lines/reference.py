@@ -5,7 +5,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...ops.formats.stripes import causal_mask
+
 _ENTRIES = 1 << 24  # of a mask, at most, if it has more than one block of queries
+
+
+def mass(last: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None) -> tuple[Tensor, Tensor]:
+    """Attention mass by position and by distance, ``[B, H, Tk]`` float32 each."""
+    (batch, heads, rows, dim), (group_heads, keys) = last.shape, key.shape[1:3]
+    # With as many keys in front as there are rows, which nobody sees, and rows that are read as if they were longer by
+    # one entry, the entries of a distance stand in one column.
+    padded = torch.nn.functional.pad(key.float(), (0, 0, rows, 0))
+    queries = (last.float() * scale).reshape(batch, group_heads, heads // max(1, group_heads) * rows, dim)
+    logits = (queries @ padded.mT).view(batch, heads, rows, rows + keys)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    seen = causal_mask(rows, keys, window=window, device=key.device)
+    logits.masked_fill_(~torch.nn.functional.pad(seen, (rows, 0)), -torch.inf)
+    prob = logits.softmax(-1)
+    diagonals = prob.as_strided((batch, heads, rows, keys), (*prob.stride()[:2], rows + keys + 1, 1), 1)
+    return prob[..., rows:].sum(-2), diagonals.sum(-2).flip(-1)
 
 
 def counts(vertical: Tensor, slash: Tensor, num_queries: int, q_block: int) -> Tensor:

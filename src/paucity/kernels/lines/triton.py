@@ -1,4 +1,4 @@
-"""Triton twin: a program walks the keys of a block of queries in chunks."""
+"""Triton twin of the lists: a program walks the keys of a block of queries in chunks. The mass is the reference's."""
 # mypy: disable-error-code="import-untyped, untyped-decorator"
 
 import torch
@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .op import num_blocks
-from .reference import covered_by
+from .reference import covered_by, mass
+
+__all__ = ["counts", "mass", "positions"]
 
 _CHUNK = 1024  # keys that a program looks at at a time
 
