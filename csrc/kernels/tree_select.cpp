@@ -53,6 +53,36 @@ INLINE u32x16 rank(f32x16 x) {
   return (u32x16)(bits ^ ((bits >> 31) | (int32_t)0x80000000));
 }
 
+#if defined(__AVX512F__)
+// The highest products of sixteen keys with sixteen queries. So many sums at a time, as each waits for the one before it.
+template <class E>
+INLINE f32x16 highest_of_sixteen(const E *const *rows, int64_t depth, const E *queries, i32x16 at, const int32_t *until) {
+  f32x16 sums[16] = {};
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    vec b[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) b[i] = vload(queries + (k + i) * 16);
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) {
+      const E *row = rows[m] + k;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) sums[m] = mad(sums[m], row + i, b[i]);
+    }
+  }
+  for (; k < depth; k++) {
+    const vec b = vload(queries + k * 16);
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) sums[m] = mad(sums[m], rows[m] + k, b);
+  }
+  if (until) {
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) sums[m] = (at < until[m]) ? sums[m] : set1(-__builtin_inff());
+  }
+  return max_each(sums);
+}
+#endif
+
 static int32_t count_at_least(const uint32_t *keys, int32_t n, uint32_t least) {
   int32_t count = 0;
   for (int32_t i = 0; i < n; i++) count += keys[i] >= least;
@@ -80,10 +110,10 @@ struct Work {
     best = arena.take<float>(halves * p.k_block + ROWS);
     ranks = arena.take<uint32_t>(halves + LANES);
     places = arena.take<int32_t>(halves * p.k_block + ROWS);
-    from = arena.take<int32_t>(p.segments);
-    size = arena.take<int32_t>(p.segments);
-    half = arena.take<int32_t>(halves);
-    half_size = arena.take<int32_t>(halves);
+    from = arena.take<int32_t>(p.segments + LANES);  // whole vectors are stored
+    size = arena.take<int32_t>(p.segments + LANES);
+    half = arena.take<int32_t>(halves + LANES);
+    half_size = arena.take<int32_t>(halves + LANES);
     lane_query = arena.take<int32_t>(lanes);
     rows = arena.take<const E *>(max_of(ROWS, lanes));
     score_rows = arena.take<float *>(ROWS);
@@ -113,13 +143,28 @@ static void score(const Tree &p, const T *key, int64_t count, Work<T, E> &w) {
   const int64_t deep = in_elements<E>(p.dim), stride = p.key_strides[2];
   const int64_t lines = ceil_div(p.dim * (int64_t)sizeof(T), 64);
   const f32x16 nothing = set1(-__builtin_inff());
+  int32_t until[ROWS];  // the first query that does not see the key
   for (int64_t r = 0; r < count; r += ROWS) {
-    const int64_t n = min_of(ROWS, count - r), next = min_of(ROWS, count - r - n);
-    for (int64_t i = 0; i < next; i++)
-      for (int64_t line = 0; line < lines; line++)
-        __builtin_prefetch((const char *)(key + w.places[r + n + i] * stride) + line * 64);
+    const int64_t n = min_of(ROWS, count - r), next = min_of(ROWS, count - r - n), full = padded(n);
+    for (int64_t i = 0; i < next; i++) {
+      const char *row = (const char *)(key + w.places[r + n + i] * stride);
+      for (int64_t line = 0; line < lines; line++) __builtin_prefetch(row + line * 64);
+    }
     for (int64_t i = 0; i < n; i++)
       w.rows[i] = as_elements(key + w.places[r + i] * stride, p.dim, w.spare + i * w.row_size);
+    for (int64_t i = n; i < full; i++) w.rows[i] = w.rows[n - 1];
+    if (p.window)
+      for (int64_t i = 0; i < full; i++)
+        until[i] = (int32_t)min_of(INT32_MAX, w.places[r + min_of(i, n - 1)] + p.window);
+#if defined(__AVX512F__)
+    if (w.lanes == 16) {
+      i32x16 at;
+      memcpy(&at, w.lane_query, sizeof at);
+      for (int64_t i = 0; i < n; i += 16)
+        store(w.best + r + i, highest_of_sixteen(w.rows + i, deep, w.query, at, p.window ? until + i : 0));
+      continue;
+    }
+#endif
     product<false, REPLACE>(w.rows, n, deep, w.query, w.lanes, 0, w.lanes, w.score_rows);
     for (int64_t i = 0; i < n; i += LANES) {
       f32x16 most[LANES];
@@ -127,13 +172,12 @@ static void score(const Tree &p, const T *key, int64_t count, Work<T, E> &w) {
         most[j] = nothing;
         if (i + j >= n) continue;
         const float *row = w.scores + (i + j) * w.lanes;
-        const int32_t until = (int32_t)min_of(INT32_MAX, w.places[r + i + j] + p.window);  // the first that sees it not
         for (int64_t lane = 0; lane < w.lanes; lane += LANES) {
           f32x16 x = load(row + lane);
           if (p.window) {
             i32x16 at;
             memcpy(&at, w.lane_query + lane, sizeof at);
-            x = (at < until) ? x : nothing;
+            x = (at < until[i + j]) ? x : nothing;
           }
           most[j] = max(most[j], x);
         }
@@ -143,29 +187,31 @@ static void score(const Tree &p, const T *key, int64_t count, Work<T, E> &w) {
   }
 }
 
-// The `segments` best halves, in order of position; of equal ones the first.
+// Of the halves, whose ranks are given, the `segments` best, in order of position; of equal ones the first.
 template <class T, class E>
 static int64_t keep_best(const Tree &p, int64_t halves, Work<T, E> &w) {
-  int64_t kept = 0;
-  if (halves <= p.segments) {
-    memcpy(w.from, w.half, halves * sizeof(int32_t));
-    memcpy(w.size, w.half_size, halves * sizeof(int32_t));
-    return halves;
-  }
-  for (int64_t i = 0; i < halves; i++) {
-    float most = w.best[i * p.k_block];
-    for (int64_t j = 1; j < p.k_block; j++) most = w.best[i * p.k_block + j] > most ? w.best[i * p.k_block + j] : most;
-    ((float *)w.ranks)[i] = most;
-  }
-  for (int64_t i = 0; i < halves; i += LANES) {
-    u32x16 key = rank(load((float *)w.ranks + i));
-    memcpy(w.ranks + i, &key, sizeof key);
-  }
   const int32_t n = (int32_t)halves, wanted = (int32_t)p.segments;
   uint32_t least = 0;
-  for (uint32_t bit = 1u << 31; bit; bit >>= 1)
-    if (count_at_least(w.ranks, n, least | bit) >= wanted) least |= bit;
-  int64_t equal = wanted - (least == 0xffffffff ? 0 : count_at_least(w.ranks, n, least + 1));
+  int32_t reach = n;  // how many ranks are at least that
+  for (uint32_t bit = 1u << 31; bit && reach != wanted; bit >>= 1) {
+    const int32_t count = count_at_least(w.ranks, n, least | bit);
+    if (count >= wanted) least |= bit, reach = count;
+  }
+  int64_t kept = 0;
+#if defined(__AVX512F__)
+  if (reach == wanted) {
+    for (int64_t i = 0; i < halves; i += LANES) {
+      const __mmask16 valid = (__mmask16)((1u << min_of(LANES, halves - i)) - 1);
+      const __m512i key = _mm512_maskz_loadu_epi32(valid, w.ranks + i);
+      const __mmask16 stays = _mm512_mask_cmpge_epu32_mask(valid, key, _mm512_set1_epi32((int)least));
+      _mm512_storeu_si512(w.from + kept, _mm512_maskz_compress_epi32(stays, _mm512_loadu_si512(w.half + i)));
+      _mm512_storeu_si512(w.size + kept, _mm512_maskz_compress_epi32(stays, _mm512_loadu_si512(w.half_size + i)));
+      kept += __builtin_popcount(stays);
+    }
+    return kept;
+  }
+#endif
+  int64_t equal = reach == wanted ? n : wanted - (least == 0xffffffff ? 0 : count_at_least(w.ranks, n, least + 1));
   for (int64_t i = 0; i < halves && kept < p.segments; i++) {
     const bool tied = w.ranks[i] == least, stays = w.ranks[i] > least || (tied && equal > 0);
     equal -= tied && equal > 0;
@@ -198,12 +244,21 @@ static int64_t search(const Tree &p, const Span &s, int64_t b, int64_t head, Wor
       w.half[halves] = w.from[j] + low;
       w.half_size[halves++] = w.size[j] - low;
     }
-    int64_t places = 0;
-    for (int64_t i = 0; i < halves; i++) {
-      const int64_t middle = s.far + (w.half[i] + w.half_size[i] / 2) * p.k_block;
-      for (int64_t j = 0; j < p.k_block; j++) w.places[places++] = (int32_t)min_of(middle + j, s.near - 1);
+    const int32_t far = (int32_t)s.far, last = (int32_t)s.near - 1, k_block = (int32_t)p.k_block;
+    for (int32_t j = 0; j < k_block; j++) {
+      int32_t *to = w.places + j * halves;
+      for (int64_t i = 0; i < halves; i++) {
+        const int32_t place = far + (w.half[i] + w.half_size[i] / 2) * k_block + j;
+        to[i] = place < last ? place : last;
+      }
     }
-    score(p, key, places, w);
+    score(p, key, halves * k_block, w);
+    for (int64_t i = 0; i < halves; i += LANES) {
+      f32x16 most = load(w.best + i);
+      for (int32_t j = 1; j < k_block; j++) most = max(most, load(w.best + j * halves + i));
+      const u32x16 key_rank = rank(most);
+      memcpy(w.ranks + i, &key_rank, sizeof key_rank);
+    }
     count = keep_best(p, halves, w);
     longest = 1;
     for (int64_t j = 0; j < count; j++) longest = w.size[j] > longest ? w.size[j] : longest;
