@@ -24,6 +24,14 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "anchor": Row(
+        full={"theta": 1e9, "step": 2, "q_block": 8},
+        sparse={"theta": 0.0, "step": 2, "q_block": 4},
+    ),
+    "hyper": Row(
+        full={"exact_length": 3, "q_block": 2, "num_samples": 1000},
+        sparse={"exact_length": 2, "q_block": 2, "num_samples": 1},
+    ),
     "per_head": Row(
         full={
             "choices": [

@@ -1,7 +1,9 @@
 """Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
 
+from .anchor import Anchor
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .hyper import Hyper
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -11,8 +13,10 @@ from .telemetry import LayerTelemetry, observe
 from .vertical_slash import VerticalSlash
 
 __all__ = [
+    "Anchor",
     "AppliedAttention",
     "Attended",
+    "Hyper",
     "LayerTelemetry",
     "Part",
     "PerHead",
