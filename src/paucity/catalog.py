@@ -46,9 +46,9 @@ class Method:
 
 # fmt: off
 METHODS: dict[str, Method] = {
-    "anchor": Method("attention.anchor:Anchor", family="attention", paper="2505.23520", title="AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity", ops=("pool_blocks", "sparse_attention")),
+    "anchor": Method("attention.anchor:Anchor", family="attention", paper="2505.23520", title="AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity", ops=("pool_blocks", "sparse_attention"), claims=("anchor-higher-recall",)),
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
-    "hyper": Method("attention.hyper:Hyper", family="attention", paper="2310.05869", title="HyperAttention: Long-context Attention in Near-Linear Time", ops=("hyperplane_codes", "gray_rank", "sparse_attention", "merge_attention")),
+    "hyper": Method("attention.hyper:Hyper", family="attention", paper="2310.05869", title="HyperAttention: Long-context Attention in Near-Linear Time", ops=("hyperplane_codes", "gray_rank", "sparse_attention", "merge_attention"), claims=("hyper-scaling",)),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),

@@ -16,6 +16,16 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "anchor-higher-recall": Claim(
+        "anchor_higher_recall",
+        "2505.23520",
+        "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
+    ),
+    "hyper-scaling": Claim(
+        "hyper_scaling",
+        "2310.05869",
+        "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
