@@ -37,7 +37,7 @@ from . import CLAIMS
 from .base import ClaimResult
 
 NAME = "anchor-higher-recall"
-LENGTH, QUICK_LENGTH = 4096, 2048
+LENGTH, QUICK_LENGTH = 4096, 1536
 NUM_TEXTS, QUICK_TEXTS = 2, 1
 THETAS, QUICK_THETAS = (8.0, 10.0, 12.0), (8.0, 12.0)
 BLOCK, STEP, QUICK_STEP = 128, 4, 2
@@ -51,7 +51,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     """Recall of anchors and of the others at the same pairs, for several thetas and texts.
 
     Args:
-        quick: one text of 2048 tokens and two thetas.
+        quick: one text of 1536 tokens, groups of two blocks, and two thetas.
         seed: not used; nothing is drawn.
         loaded: the model, the embedded one if not given.
     """
@@ -159,7 +159,7 @@ def _pairs_by_block(pattern: KeyLists, length: int) -> Tensor:
 
 
 def _lines(layer: Layer, pairs: float) -> KeyLists:
-    """The vertical-slash pattern with the fewest lines, in steps of 1/64, that pays ``pairs`` on the mean over heads."""
+    """The vertical-slash pattern with the fewest lines (by 1/64) that pays ``pairs`` on the mean over heads."""
     query, key, prompt = layer
     length = key.shape[2]
     scores = line_scores(query, key, prompt)
