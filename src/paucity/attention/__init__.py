@@ -2,10 +2,12 @@
 
 from .apply import AppliedAttention, apply, remove
 from .compute import Attended, Part, attend_pattern
+from .dual_chunk import DualChunk
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
 from .prompt import Prompt
+from .refine import RefinedBudgets
 from .sink_window import SinkWindow
 from .telemetry import LayerTelemetry, observe
 from .vertical_slash import VerticalSlash
@@ -13,12 +15,14 @@ from .vertical_slash import VerticalSlash
 __all__ = [
     "AppliedAttention",
     "Attended",
+    "DualChunk",
     "LayerTelemetry",
     "Part",
     "PerHead",
     "PolicySearch",
     "PrefillPolicy",
     "Prompt",
+    "RefinedBudgets",
     "SinkWindow",
     "VerticalSlash",
     "apply",

@@ -16,6 +16,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "dual-chunk-extrapolates": Claim(
+        "dual_chunk_extrapolates",
+        "2402.17463",
+        "Beyond the trained length, dual-chunk attention predicts text better than the model alone, without training.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
