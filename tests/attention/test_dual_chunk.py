@@ -1,4 +1,4 @@
-"""Dual-chunk attention by loops, from positions written down as in the paper and queries and keys never turned before."""
+"""Dual-chunk attention by loops: positions written down as in the paper, queries and keys never turned before."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from paucity.attention.apply import apply
 from paucity.attention.compute import attend_exactly
 from paucity.attention.dual_chunk import DualChunk
 from paucity.attention.portable import from_json, to_json
@@ -78,7 +79,10 @@ def test_all_keys_at_the_positions_of_the_paper(tq, tk, chunk_size, local_size, 
     policy = DualChunk(chunk_size=chunk_size, local_size=local_size, original_length=20, sparse=None)
     done = policy.attend(q, k, v, Prompt(scale=0.6, rotary=PROMPT.rotary, window=window))
     scale = 0.6 * max(1.0, 0.1 * math.log(tk / 20) + 1) ** 2
-    seen = lambda h, i, j: j <= i and (window is None or j > i - window)
+
+    def seen(h, i, j):
+        return j <= i and (window is None or j > i - window)
+
     torch.testing.assert_close(done.out, naive(bare_q, bare_k, v, chunk_size, local_size, scale, seen))
     assert done.kept.unique().tolist() == [sum(seen(0, i, j) for i in range(tk - tq, tk) for j in range(tk))]
 
@@ -102,9 +106,7 @@ def test_up_to_the_chunk_size_it_is_dense(length):
     torch.testing.assert_close(away[:, :, :23], attend_exactly(q, k, v, PROMPT).out[:, :, :23])
 
 
-SPARSE = VerticalSlash(
-    num_vertical=4, num_slash=3, num_last_queries=3, forced_vertical=1, forced_slash=1, min_length=0
-)
+SPARSE = VerticalSlash(num_vertical=4, num_slash=3, num_last_queries=3, forced_vertical=1, forced_slash=1, min_length=0)
 
 
 def chosen(bare_q, bare_k, end, first, chunk_size, local_size, verticals, slashes):
@@ -126,8 +128,10 @@ def chosen(bare_q, bare_k, end, first, chunk_size, local_size, verticals, slashe
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("tq", "tk", "prefill_chunk"), [(45, 45, 48), (45, 45, 12), (14, 43, 12)])
-@pytest.mark.parametrize("factors", [None, [[1.0, 2.0]]])
+@pytest.mark.parametrize(
+    ("tq", "tk", "prefill_chunk", "factors"),
+    [(39, 39, 40, None), (39, 39, 12, [[1.0, 2.0]]), (14, 43, 12, None)],
+)
 def test_chosen_keys_at_the_positions_of_the_paper(seed, tq, tk, prefill_chunk, factors):
     c, w, q_block, first = 13, 4, 4, tk - tq
     bare_q, bare_k, v, q, k = inputs(tq, tk, seed=seed)
@@ -140,7 +144,9 @@ def test_chosen_keys_at_the_positions_of_the_paper(seed, tq, tk, prefill_chunk, 
         for i in range(first, tk):
             end = min(tk, (i // prefill_chunk + 1) * prefill_chunk)
             begin = max(first, end - 1 - (end - 1) % prefill_chunk)
-            columns, slashes = chosen(bare_q[:, h : h + 1, begin - first :], bare_k, end, begin, c, w, 4 * grow, 3 * grow)
+            columns, slashes = chosen(
+                bare_q[:, h : h + 1, begin - first :], bare_k, end, begin, c, w, 4 * grow, 3 * grow
+            )
             start = i // q_block * q_block
             for j in range(i + 1):
                 kept[h, i, j] = j in columns or any(start - d <= j < start - d + q_block for d in slashes)
@@ -173,8 +179,75 @@ def test_gradients_and_half_precision():
     dense = DualChunk(chunk_size=8, local_size=3, sparse=None)
     torch.testing.assert_close(
         dense.attend(*(x.bfloat16() for x in (q, k, v)), PROMPT).out.float(),
-        dense.attend(q, k, v, PROMPT).out, atol=5e-2, rtol=5e-2,
+        dense.attend(q, k, v, PROMPT).out,
+        atol=5e-2,
+        rtol=5e-2,
     )
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.95])
+def test_refined_budgets_recover_what_is_asked_for(threshold):
+    _, _, _, q, k = inputs(31, 31, heads=4, groups=2)
+    base = DualChunk(chunk_size=13, local_size=4, prefill_chunk=8, q_block=4, sparse=SPARSE)
+    factors = RefinedBudgets(base=base, threshold=threshold).refined(q, k, PROMPT, [1.0] * 4)
+    logits = torch.full((4, 31, 31), -math.inf)
+    for i in range(31):
+        pairs = torch.tensor([position_pair(i, j, 13, 4) for j in range(i + 1)])
+        mine = PROMPT.rotary.turn(q[0, :, i, None].expand(-1, i + 1, -1), torch.full((i + 1,), i), pairs[:, 0])
+        theirs = PROMPT.rotary.turn(k[0, :, : i + 1], torch.arange(i + 1), pairs[:, 1]).repeat_interleave(2, 0)
+        logits[:, i, : i + 1] = 0.6 * (mine * theirs).sum(-1)
+
+    def recall(factors):  # by the masks, and all logits at once
+        policy = base.model_copy(update={"budget_factors": [factors]})
+        kept = policy.select(q, k, PROMPT).visible(31, 31)[0]
+        return (logits.softmax(-1) * kept).sum(-1).mean(-1)
+
+    grown = torch.tensor(factors) > 1
+    assert grown.any()
+    assert (recall(factors) >= threshold).all()
+    assert (recall([f / 2 for f in factors])[grown] < threshold).all()  # one step less would not do
+
+
+def test_refined_budgets_of_a_model(tiny_model):
+    model = tiny_model("llama")
+    ids = torch.randint(64, (1, 60), generator=torch.Generator().manual_seed(0))
+    sparse = VerticalSlash(num_vertical=2, num_slash=2, forced_vertical=1, forced_slash=1, min_length=0)
+    base = DualChunk(chunk_size=24, local_size=6, prefill_chunk=32, q_block=4, sparse=sparse, min_length=0)
+    fitted = RefinedBudgets(base=base, threshold=0.7).fit(model, [ids, ids[:, :40]])
+    assert [len(row) for row in fitted.budget_factors] == [4, 4]
+    assert max(map(max, fitted.budget_factors)) > 1
+    density = {}
+    for name, policy in (("base", base), ("fitted", fitted)):
+        applied = apply(model, policy)
+        model(input_ids=ids)
+        density[name] = applied.head_density()
+        applied.remove()
+    more = torch.tensor(fitted.budget_factors) > 1
+    assert ((density["fitted"] > density["base"]) == more).all()
+    only = RefinedBudgets(base=base.model_copy(update={"layers": [1]}), threshold=0.7).fit(model, [ids])
+    assert only.budget_factors[0] == [1.0] * 4
+    with pytest.raises(InputError, match="calibration must hold at least one batch"):
+        RefinedBudgets(base=base).fit(model, [])
+    with pytest.raises(ValidationError, match="base must have sparse selection"):
+        RefinedBudgets(base=DualChunk(sparse=None))
+
+
+def test_steps_on_a_cache_equal_one_prompt_and_positions_change_beyond_the_chunk(tiny_model):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 9  # sharper, so that positions matter
+    ids = torch.randint(64, (1, 50), generator=torch.Generator().manual_seed(1))
+    applied = apply(model, DualChunk(chunk_size=16, local_size=4, sparse=None, min_length=0))
+    whole = model(input_ids=ids).logits
+    out = model(input_ids=ids[:, :44], use_cache=True)
+    steps, cache = [out.logits], out.past_key_values
+    for at in range(44, 50):
+        steps.append(model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-3, rtol=1e-3)
+    applied.remove()
+    dense = model(input_ids=ids).logits
+    torch.testing.assert_close(whole[:, :16], dense[:, :16], atol=1e-3, rtol=1e-3)
+    assert (whole[:, 17:] - dense[:, 17:]).abs().max() > 1e-2
 
 
 def test_a_model_without_rotary_embedding_is_refused_where_it_matters():

@@ -70,7 +70,9 @@ class DualChunk(PrefillPolicy):
     @model_validator(mode="after")
     def _fitting(self) -> "DualChunk":
         if 2 * self.local_size > self.chunk_size:
-            raise fail("dual_chunk", "local_size", f"be at most half of chunk_size ({self.chunk_size})", self.local_size)
+            raise fail(
+                "dual_chunk", "local_size", f"be at most half of chunk_size ({self.chunk_size})", self.local_size
+            )
         if self.prefill_chunk % self.q_block:
             raise fail("dual_chunk", "prefill_chunk", f"be a multiple of q_block ({self.q_block})", self.prefill_chunk)
         for row in self.budget_factors or ():
@@ -147,23 +149,28 @@ class DualChunk(PrefillPolicy):
         Returns:
             Out ``[B, H, Tq, Dv]`` and the logsumexp of the logits ``[B, H, Tq]``.
         """
-        first, keys = key.shape[2] - query.shape[2], key.shape[2]
-        lead = lead_of(pattern, query.shape[2], keys)
-        padded, done = pad(query, (0, 0, lead, 0)) if lead else query, None
+        first, keys, changes = key.shape[2] - query.shape[2], key.shape[2], self._changes_positions(key, prompt)
+        lead, done = lead_of(pattern, query.shape[2], keys), None
+        query = pad(query, (0, 0, lead, 0)) if lead else query
         for start in range(prompt.dropped // self.stride * self.stride, keys + prompt.dropped, self.stride):
             low, high = max(0, start - prompt.dropped), min(keys, start - prompt.dropped + self.stride)
             if prompt.window is not None and high <= first - prompt.window + 1:
                 continue
             if isinstance(pattern, KeyLists):
-                begin, rest, seen = first - lead, key, _between(pattern, low, high)
-                rest, values = key, value
+                origin, begin = 0, first - lead
+                seen: Pattern = _between(pattern, low, high)
             else:
-                begin = max(low, first)
-                rest, values = key[:, :, low:], value[:, :, low:]
+                origin, begin = low, max(low, first)
                 seen = _first_block(keys - begin, keys - low, high - low, self.q_block, query.device)
-            turned = self._at_chunk(padded[:, :, begin - first + lead :], begin, start, prompt)
+            mine = query[:, :, begin - first + lead :]
             part = sparse_attention(
-                turned, rest, values, seen, scale=prompt.scale, softcap=prompt.softcap, window=prompt.window,
+                self._at_chunk(mine, begin, start, prompt) if changes else mine,
+                key[:, :, origin:],
+                value[:, :, origin:],
+                seen,
+                scale=prompt.scale,
+                softcap=prompt.softcap,
+                window=prompt.window,
                 return_lse=True,
             )
             done = _merged(done, part)
@@ -221,7 +228,9 @@ class DualChunk(PrefillPolicy):
 
 def _rotary(prompt: Prompt) -> Rotary:
     if prompt.rotary is None:
-        raise fail("dual_chunk", "model", "have a rotary embedding of a kind known, to be given other positions", "none")
+        raise fail(
+            "dual_chunk", "model", "have a rotary embedding of a kind known, to be given other positions", "none"
+        )
     return prompt.rotary
 
 

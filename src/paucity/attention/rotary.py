@@ -48,7 +48,7 @@ class Rotary:
         # The model rounded its angles to float32; what it rounded is undone, so that the result is as if it were new.
         angle = (new[:, None].float() * freq).double() - (old[:, None].float() * freq).double()
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        left, right, rest = (part.to(wide) for part in x.split([half, half, x.shape[-1] - 2 * half], dim=-1))
+        left, right, rest = (part.to(wide) for part in torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1))
         return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], dim=-1).to(x.dtype)
 
 
