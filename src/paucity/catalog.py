@@ -48,7 +48,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
-    "moa": Method("attention.moa:MoA", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("drop_influence", "window_influence", "pareto_options", "sparse_attention")),
+    "moa": Method("attention.moa:MoA", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("drop_influence", "window_influence", "pareto_options", "sparse_attention"), claims=("moa-beats-uniform",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
     "spans": Method("attention.spans:Spans", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("sparse_attention",)),

@@ -80,11 +80,11 @@ def test_influence_is_what_dropping_an_entry_does_to_the_loss():
                 applied.remove()
                 pairs.append((float(change), float(found.blocks[layer, head, row, column])))
     true, predicted = torch.tensor(pairs).T
-    small = true.abs() < 2e-2
-    assert small.sum() > 20
-    assert true[small].abs().max() > 1e-4
-    torch.testing.assert_close(predicted[small], true[small], atol=2e-3, rtol=0.1)
-    assert torch.corrcoef(torch.stack([true[small], predicted[small]]))[0, 1] > 0.97
+    error = (predicted - true).abs() / (true.abs() + 1e-5)
+    assert true.abs().max() > 1e-2
+    assert error.median() < 0.03
+    assert (error < 0.2).float().mean() > 0.85  # the others had most of the mass of their row
+    assert torch.corrcoef(torch.stack([true, predicted]))[0, 1] > 0.97
 
 
 def test_only_what_leads_to_a_label_has_influence():
@@ -131,7 +131,7 @@ def planted(length, far_head, windows=(None, None)):
 
 @pytest.mark.parametrize("density", [0.35, 0.5])
 def test_plans_keep_the_density_at_every_length_and_see_far_where_it_counts(density):
-    search = MoA(**SMALL, density=density)
+    search = MoA(**{**SMALL, "gap": 1e-5}, density=density)
     plans = search.plans([planted(48, 2), planted(96, 2)], [144])
     assert plans
     for plan in plans:
@@ -139,7 +139,7 @@ def test_plans_keep_the_density_at_every_length_and_see_far_where_it_counts(dens
             spans = [plan.span(layer, length, 4) for layer in range(2)]
             shares = [pair_share(span, 4, length) for row in spans for span in row]
             assert sum(shares) / 8 <= density + 1e-6
-            assert spans[1][2] == max(map(max, spans))
+            assert length != 96 or spans[1][2] == max(map(max, spans))
         assert all(len(set(zip(a, b, strict=True))) <= 2 for a, b in zip(plan.alpha, plan.beta, strict=True))
     free = MoA(**SMALL, density=density, rules_per_layer=None).plans([planted(48, 2)])
     assert pair_share(free[0].span(1, 48, 4)[2], 4, 48) > 0.9
@@ -173,10 +173,9 @@ def test_the_plan_with_the_least_loss_is_taken():
     search = MoA(**SMALL, density=0.5, num_intervals=1)
     profiled = [(tokens(length, seed=seed), None) for seed in range(2) for length in (48, 96)]
     validation = [(tokens(128, seed=7), None)]
-    found = {
-        n: [influence(model, i, block_size=4, absolute=True) for i, _ in profiled if i.shape[1] == n] for n in (48, 96)
-    }
-    means = [Influence((a.blocks + b.blocks) / 2, a.length, a.layers, a.windows) for a, b in found.values()]
+    means = search.profile(model, profiled)
+    alone = [influence(model, ids, block_size=4, absolute=True).blocks for ids, _ in profiled if ids.shape[1] == 96]
+    torch.testing.assert_close(means[1].blocks, (alone[0] + alone[1]) / 2)
     losses = []
     plans = search.plans(means, [128])
     for plan in plans:

@@ -16,6 +16,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "moa-beats-uniform": Claim(
+        "moa_beats_uniform",
+        "2406.14909",
+        "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",

@@ -17,6 +17,9 @@ from ..checks import check_int, check_ndim, check_range, check_shape, fail
 TINY = 1e-9
 """Coefficients below it, of the largest of their row, count as 0."""
 
+AUGMENT = 1e-4
+"""Weight of the losses that are not minimised, beside the one that is; each as a share of its largest coefficient."""
+
 
 def choose_options(
     loss: Tensor,
@@ -71,7 +74,8 @@ def pareto_options(
     """Choices within the budgets of which none is as good in every loss as another and better in one.
 
     Epsilon constraints: the ranges that the losses have where each one in turn is least are cut into intervals, and
-    each loss is minimised with the others held below every combination of the intervals' ends.
+    each loss is minimised with the others held below every combination of the intervals' ends. The others also count
+    `AUGMENT` in what is minimised, so that of equally good choices one that nothing dominates is found (Mavrotas 2009).
 
     Args:
         losses: ``[losses, parts, options]`` float, finite.
@@ -172,8 +176,9 @@ class _Programme:
             rows = np.stack([self._row(other) for other in limits])
             ends = [limit / float(self.unit[other]) for other, limit in limits.items()]
             constraints.append(LinearConstraint(sparse.csr_array(rows), -np.inf, np.asarray(ends)))
+        rest = [AUGMENT * self._row(other) for other in range(len(self.losses)) if other != name]
         found = milp(
-            self._row(name),
+            sum(rest, self._row(name)),
             integrality=np.ones(self.size + self.extra),
             bounds=Bounds(0, 1),
             constraints=constraints,
