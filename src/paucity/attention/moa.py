@@ -59,6 +59,7 @@ class MoA(PolicySearch):
         absolute: sum magnitudes of influences.
         num_sinks: keys at the start that every query sees; a multiple of ``block_size``.
         block_size: of spans and influences.
+        gap: relative distance from the least loss at which an integer programme may stop.
         time_limit: seconds for each integer programme.
         min_length: of the policy found.
         q_block: of the policy found.
@@ -76,6 +77,7 @@ class MoA(PolicySearch):
     absolute: bool = True
     num_sinks: int = Field(64, ge=0)
     block_size: int = Field(64, ge=1)
+    gap: float = Field(0.01, ge=0)
     time_limit: float = Field(60.0, gt=0)
     min_length: int = Field(1024, ge=0)
     q_block: int = Field(128, ge=1)
@@ -121,17 +123,20 @@ class MoA(PolicySearch):
         Raises:
             InputError: if there is no text of a kind, and as `fit` does.
         """
-        for name, batches in (("profiled", profiled), ("validation", validation)):
-            if not batches:
-                raise fail("moa", name, "hold at least one text", "none")
+        if not validation:
+            raise fail("moa", "validation", "hold at least one text", "none")
+        plans = self.plans(self.profile(model, profiled), sorted({ids.shape[1] for ids, _ in validation}))
+        return best_plan(model, plans, validation)
+
+    def profile(self, model: nn.Module, texts: Sequence[Batch]) -> list[Influence]:
+        """The mean influence over the texts of each length, shortest first; arguments as for `search`."""
+        if not texts:
+            raise fail("moa", "profiled", "hold at least one text", "none")
         by_length: dict[int, list[Influence]] = {}
-        for ids, labels in profiled:
+        for ids, labels in texts:
             found = influence(model, ids, labels, block_size=self.block_size, absolute=self.absolute)
             by_length.setdefault(found.length, []).append(found)
-        means = [_mean(by_length[length]) for length in sorted(by_length)]
-        plans = self.plans(means, sorted({ids.shape[1] for ids, _ in validation}))
-        losses = [_loss_under(model, plan, validation) for plan in plans] if len(plans) > 1 else [0.0]
-        return plans[losses.index(min(losses))]
+        return [_mean(by_length[length]) for length in sorted(by_length)]
 
     def plans(self, profiles: Sequence[Influence], more_lengths: Sequence[int] = ()) -> list[Spans]:
         """The Pareto front of the losses at the profiled lengths.
@@ -162,6 +167,7 @@ class MoA(PolicySearch):
             num_intervals=self.num_intervals,
             groups=[layer for layer in first.layers for _ in range(heads)],
             max_distinct=self.rules_per_layer,
+            gap=self.gap,
             time_limit=self.time_limit,
         )
         return [self._plan(rules, choice.view(-1, heads).tolist(), first.layers) for choice in choices]
@@ -210,6 +216,19 @@ class MoA(PolicySearch):
             min_length=self.min_length,
             q_block=self.q_block,
         )
+
+
+def best_plan(model: nn.Module, plans: Sequence[Spans], texts: Sequence[Batch]) -> Spans:
+    """The plan under which the model has the least mean loss on the texts; arguments as for `MoA.search`.
+
+    Raises:
+        InputError: if there is no plan, or no text.
+    """
+    for name, given in (("plans", plans), ("texts", texts)):
+        if not given:
+            raise fail("best_plan", name, "hold at least one", "none")
+    losses = [_loss_under(model, plan, texts) for plan in plans] if len(plans) > 1 else [0.0]
+    return plans[losses.index(min(losses))]
 
 
 def _mean(profiles: Sequence[Influence]) -> Influence:

@@ -12,7 +12,13 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from ..checks import check_int, check_ndim, check_shape, fail
+from ..checks import check_int, check_ndim, check_range, check_shape, fail
+
+TINY = 1e-9
+"""Coefficients below it, of the largest of their row, count as 0."""
+
+AUGMENT = 1e-4
+"""Weight of the losses that are not minimised, beside the one that is; each as a share of its largest coefficient."""
 
 
 def choose_options(
@@ -22,6 +28,7 @@ def choose_options(
     *,
     groups: Sequence[int] | None = None,
     max_distinct: int | None = None,
+    gap: float = 0.0,
     time_limit: float | None = None,
 ) -> Tensor:
     """The options with the least summed loss whose summed costs keep within every budget.
@@ -32,6 +39,7 @@ def choose_options(
         budget: one for each row of ``cost``; a relative 1e-6 may be passed, which is the solver's accuracy.
         groups: for each part the group that it is in; by default all are in one.
         max_distinct: different options that the parts of a group may have between them; None is any number.
+        gap: relative distance from the least loss at which the solver may stop.
         time_limit: seconds after which the best choice found so far is returned.
 
     Returns:
@@ -46,7 +54,7 @@ def choose_options(
         tensor([0, 1])
     """
     check_ndim("choose_options", "loss", loss, 2)
-    found = _Programme(loss[None], cost, budget, groups, max_distinct, time_limit).solve(0, {})
+    found = _Programme(loss[None], cost, budget, groups, max_distinct, gap, time_limit).solve(0, {})
     if found is None:
         raise fail("choose_options", "budget", "be met by some choice", list(budget))
     return found
@@ -60,12 +68,14 @@ def pareto_options(
     num_intervals: int = 4,
     groups: Sequence[int] | None = None,
     max_distinct: int | None = None,
+    gap: float = 0.0,
     time_limit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choices within the budgets of which none is as good in every loss as another and better in one.
 
     Epsilon constraints: the ranges that the losses have where each one in turn is least are cut into intervals, and
-    each loss is minimised with the others held below every combination of the intervals' ends.
+    each loss is minimised with the others held below every combination of the intervals' ends. The others also count
+    `AUGMENT` in what is minimised, so that of equally good choices one that nothing dominates is found (Mavrotas 2009).
 
     Args:
         losses: ``[losses, parts, options]`` float, finite.
@@ -74,6 +84,7 @@ def pareto_options(
         num_intervals: of each range; ``losses * num_intervals ** (losses - 1)`` programmes are solved.
         groups: as for `choose_options`.
         max_distinct: as for `choose_options`.
+        gap: as for `choose_options`.
         time_limit: seconds for each programme.
 
     Returns:
@@ -84,7 +95,7 @@ def pareto_options(
     """
     check_ndim("pareto_options", "losses", losses, 3)
     check_int("pareto_options", "num_intervals", num_intervals)
-    programme = _Programme(losses, cost, budget, groups, max_distinct, time_limit)
+    programme = _Programme(losses, cost, budget, groups, max_distinct, gap, time_limit)
     found: dict[tuple[int, ...], Tensor] = {}
 
     def note(choice: Tensor | None) -> None:
@@ -121,6 +132,7 @@ class _Programme:
         budget: Sequence[float],
         groups: Sequence[int] | None,
         max_distinct: int | None,
+        gap: float,
         time_limit: float | None,
     ) -> None:
         _, parts, options = losses.shape
@@ -134,7 +146,8 @@ class _Programme:
         self.size = parts * options
         # Losses of any magnitude are solved to the same relative accuracy.
         self.unit = self.losses.abs().amax((1, 2)).clamp(min=1e-300)
-        self.options = {} if time_limit is None else {"time_limit": time_limit}
+        check_range("choose_options", "gap", gap, 0)
+        self.options = {"mip_rel_gap": gap} | ({} if time_limit is None else {"time_limit": time_limit})
         dense = cost.detach().double().cpu().reshape(len(budget), -1).numpy()
         unit = np.maximum(np.abs(dense).max(1, initial=0), 1e-300)[:, None]
         one_each = sparse.kron(sparse.eye_array(parts), np.ones((1, options)))
@@ -163,8 +176,9 @@ class _Programme:
             rows = np.stack([self._row(other) for other in limits])
             ends = [limit / float(self.unit[other]) for other, limit in limits.items()]
             constraints.append(LinearConstraint(sparse.csr_array(rows), -np.inf, np.asarray(ends)))
+        rest = [AUGMENT * self._row(other) for other in range(len(self.losses)) if other != name]
         found = milp(
-            self._row(name),
+            sum(rest, self._row(name)),
             integrality=np.ones(self.size + self.extra),
             bounds=Bounds(0, 1),
             constraints=constraints,
@@ -181,4 +195,5 @@ class _Programme:
 
     def _row(self, name: int) -> np.ndarray:
         row = (self.losses[name] / self.unit[name]).flatten().numpy()
+        row = np.where(np.abs(row) < TINY, 0.0, row)  # the solver ignores them, and then finds its answer infeasible
         return np.concatenate([row, np.zeros(self.extra)])

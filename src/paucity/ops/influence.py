@@ -33,7 +33,8 @@ def drop_influence(
 ) -> Tensor:
     """The change of the loss when a single entry is dropped, summed over blocks of entries.
 
-    A key that is the only one that its query sees cannot be dropped and counts 0.
+    A key that is the only one that its query sees cannot be dropped and counts 0, as does one beside which the others
+    have no mass in the dtype.
 
     Args:
         query: ``[B, H, T, D]`` float.
