@@ -132,13 +132,18 @@ def test_queries_on_horizontal_lines_see_everything(window):
 
 
 def video(stride, phases, frames, seed=0):
-    """Queries that look at every ``stride``-th key, at another phase in each head, beside what each looks at itself."""
+    """Queries of a scene look at every ``stride``-th key, most at those of the same scene; scenes take turns.
+
+    So the last queries, of one scene, say little about the keys of the others.
+    """
     generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(1, len(phases), stride * frames, 32, generator=generator) for _ in range(2))
+    scene = torch.arange(frames) // 10 % 4
     for head, phase in enumerate(phases):
-        mark = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
-        key[0, head, phase::stride] += 5 * mark
-        query[0, head] += 5 * mark
+        mark, *own = torch.nn.functional.normalize(torch.randn(5, 32, generator=generator), dim=-1)
+        look = 3 * mark + 4 * torch.stack(own)[scene]
+        key[0, head, phase::stride] += look
+        query[0, head] += look.repeat_interleave(stride, 0)
     return 1.2 * query, key
 
 
@@ -165,8 +170,8 @@ def test_recovers_stride_and_phase_and_keeps_more_than_other_methods_at_equal_co
     window = recall(lambda size: SinkWindow(num_sinks=4, window_size=size), range(64, length, 4))
     slashes = {"num_slash": 32, "forced_slash": 32, "forced_vertical": 4}
     vertical = recall(lambda size: VerticalSlash(num_vertical=size, **slashes, **last), range(64, length, 4))
-    assert grid > window + 0.15
-    assert grid > vertical + 0.1
+    assert grid > window + 0.3
+    assert grid > vertical + 0.05
 
 
 @pytest.mark.parametrize(
