@@ -148,7 +148,7 @@ class Neighbourhood(PrefillPolicy):
         return 1
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _pattern(
     axes: tuple[Axis, ...],
     start: int | None,
