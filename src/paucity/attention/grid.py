@@ -170,10 +170,10 @@ class Grid(PrefillPolicy):
                 gain = gain + (mass * chosen).sum(-1) - share * total
             far = None
             if self.slash:
-                distance = (order[rows].unsqueeze(-1) - place) % stride
-                by_row = prob[..., index].flatten(-2)
-                found = grid_phases(by_row, distance.flatten(), stride, count)
-                gain = gain + (by_row * found[..., distance.flatten()]).sum(-1) - share * total
+                distance = ((order[rows].unsqueeze(-1) - place) % stride).flatten()
+                by_row = (prob[..., index] * visual[rows].unsqueeze(-1)).flatten(-2)
+                found = grid_phases(by_row, distance, stride, count)
+                gain = gain + (by_row * found[..., distance]).sum(-1) - share * by_row.sum(-1)
                 far = _slash_cover(found, order, starts, self.q_block, stride)
             better = gain > best + 1e-6 * total
             best = torch.where(better, gain, best)

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..checks import check_int, fail
-from ..kernels.attention import check_tensors, merge_attention, sparse_attention
+from ..kernels.attention import check_tensors, sparse_attention
 from ..ops.formats.block import BlockMask
 from ..ops.formats.stripes import Window
 from ..ops.neighbourhood import Axis, PerDim, grid_axes, tiled_neighbourhood
@@ -82,36 +82,21 @@ def neighbourhood_attention(
         if tensor.shape[2] != length:
             raise fail(name, argument, f"have {length} tokens, the grid and the global ones", tensor.shape[2])
     q_tile, k_tile = best_tiles(axes) if tile is None else (tuple(tile), tuple(tile))
-    tiled = tiled_neighbourhood(axes, q_tile, k_tile)
-    device = query.device
-    grid = _take(query[:, :, num_global:], tiled.query_order)
-    grid_key, grid_value = (_take(x[:, :, num_global:], tiled.key_order) for x in (key, value))
-    pattern = tiled.pattern.to(device)
-    out, lse = sparse_attention(grid, grid_key, grid_value, pattern, scale=scale, causal=False, return_lse=True)
-    slot = tiled.query_slot.to(device)
-    out = _take(out, slot)
-    if not num_global:
-        return out
-    # Keys of the grid and global keys are disjoint, and so are queries of the grid and global ones.
-    first = [x[:, :, :num_global] for x in (key, value)]
-    far = _all(query[:, :, num_global:], first[0], first[1], scale=scale)
-    out = merge_attention([out, far[0]], [lse.index_select(2, slot), far[1]])[0]
-    return torch.cat([_all(query[:, :, :num_global], key, value, scale=scale)[0], out], dim=2)
+    tiled = tiled_neighbourhood(axes, q_tile, k_tile, num_global)
+    laid_key, laid_value = (_take(x, tiled.key_order) for x in (key, value))
+    pattern = tiled.pattern.to(query.device)
+    out = sparse_attention(_take(query, tiled.query_order), laid_key, laid_value, pattern, scale=scale, causal=False)
+    return _take(out, tiled.query_slot)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Tokens of ``[B, H, T, D]`` in another order, any of them where it says -1; no copy where it is the same."""
-    if torch.equal(order, torch.arange(x.shape[2], device=order.device)):
+    if torch.equal(order, torch.arange(x.shape[2])):
         return x
-    return x.index_select(2, order.to(x.device).clamp(min=0))
-
-
-def _all(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Every query sees every key."""
-    queries, keys, block = query.shape[2], key.shape[2], 64
-    blocks = torch.ones(1, 1, -(-queries // block), -(-keys // block), dtype=torch.bool, device=query.device)
-    pattern = BlockMask(blocks, block, block, queries, keys)
-    return sparse_attention(query, key, value, pattern, scale=scale, causal=False, return_lse=True)
+    batch, heads, length, dim = x.shape
+    before = length * torch.arange(batch * heads, device=x.device).unsqueeze(-1)
+    index = (before + order.to(x.device).clamp(min=0)).flatten()
+    return x.reshape(-1, dim).index_select(0, index).view(batch, heads, -1, dim)  # rows are copied as a whole
 
 
 class Neighbourhood(PrefillPolicy):
@@ -163,7 +148,7 @@ class Neighbourhood(PrefillPolicy):
         return 1
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _pattern(
     axes: tuple[Axis, ...],
     start: int | None,

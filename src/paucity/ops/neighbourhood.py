@@ -138,14 +138,22 @@ class Tiled:
 
 
 @functools.lru_cache(maxsize=16)
-def tiled_neighbourhood(axes: tuple[Axis, ...], q_tile: tuple[int, ...], k_tile: tuple[int, ...]) -> Tiled:
+def tiled_neighbourhood(
+    axes: tuple[Axis, ...], q_tile: tuple[int, ...], k_tile: tuple[int, ...], num_global: int = 0
+) -> Tiled:
     """The neighbourhoods of a grid as blocks of tiles, without a mask of ``T * T`` entries; the last few are kept.
 
     Args:
         axes: the dimensions, as `grid_axes` gives them.
         q_tile: tokens of a tile of queries along each dimension; a block has as many as their product.
         k_tile: the same for keys.
+        num_global: tokens before the grid that see everything and are seen by all, in tiles of their own.
     """
+    tiled = _tiled(axes, q_tile, k_tile)
+    return _with_global(tiled, num_global) if num_global else tiled
+
+
+def _tiled(axes: tuple[Axis, ...], q_tile: tuple[int, ...], k_tile: tuple[int, ...]) -> Tiled:
     pairs = [axis_pairs(*one) for one in zip(axes, q_tile, k_tile, strict=True)]
     shapes = tuple(axis.length for axis in axes)
     query_order, key_order = (
@@ -170,6 +178,33 @@ def tiled_neighbourhood(axes: tuple[Axis, ...], q_tile: tuple[int, ...], k_tile:
     partial = torch.full(some.shape, -1, dtype=torch.int32).masked_scatter(where, entry.int())
     pattern = BlockMask(some[None, None], *sizes, partial[None, None], elements)
     return Tiled(query_order, key_order, query_slot, pattern)
+
+
+def _with_global(tiled: Tiled, count: int) -> Tiled:
+    grid = tiled.pattern
+    own = torch.arange(count)
+    query_front, key_front = (
+        torch.nn.functional.pad(own, (0, -count % block), value=-1) for block in (grid.q_block, grid.k_block)
+    )
+    query_order, key_order = (
+        torch.cat([front, torch.where(order < 0, -1, order + count)])
+        for front, order in ((query_front, tiled.query_order), (key_front, tiled.key_order))
+    )
+    rows, columns = len(query_front) // grid.q_block, len(key_front) // grid.k_block
+    blocks = torch.nn.functional.pad(grid.blocks, (columns, 0, rows, 0), value=True)
+    # What is seen as a whole is so up to the keys that a short tile lacks.
+    real = (key_order >= 0).view(-1, grid.k_block)
+    short = torch.where(real.all(-1), -1, (~real.all(-1)).cumsum(0) - 1).int()
+    elements = real[~real.all(-1)].unsqueeze(1).expand(-1, grid.q_block, -1)
+    partial = short.expand_as(blocks).clone()
+    if grid.partial is not None and grid.elements is not None:
+        partial[..., rows:, columns:] = torch.where(grid.partial < 0, -1, grid.partial + len(elements))
+        elements = torch.cat([elements, grid.elements])
+    else:
+        partial[..., rows:, columns:] = -1
+    sizes = (grid.q_block, grid.k_block, len(query_order), len(key_order))
+    pattern = BlockMask(blocks, *sizes, partial, elements) if len(elements) else BlockMask(blocks, *sizes)
+    return Tiled(query_order, key_order, torch.cat([own, len(query_front) + tiled.query_slot]), pattern)
 
 
 def _outer_and(outer: Tensor, inner: Tensor) -> Tensor:
