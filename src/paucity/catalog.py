@@ -48,6 +48,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "block_topk": Method("attention.block_topk:BlockTopK", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("pool_blocks", "grouped_products", "topk_mask", "sparse_attention")),
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
+    "flexprefill": Method("attention.flexprefill:FlexPrefill", family="attention", paper="2502.20766", title="FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference", ops=("pool_blocks", "grouped_products", "cover_mask", "topk_mask", "sparse_attention")),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
     "vertical_slash": Method("attention.vertical_slash:VerticalSlash", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("topk_indices", "sparse_attention")),
     "wanda": Method("weights.wanda:wanda_mask", family="weights", paper="2306.11695", title="A Simple and Effective Pruning Approach for Large Language Models", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "wina": Method("activations.wina:wina_mask", family="activations", paper="2505.19427", title="WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference", ops=("topk_mask", "threshold_mask", "greedy"), claims=("wina-beats-teal",)),
+    "xattention": Method("attention.xattention:XAttention", family="attention", paper="2503.16428", title="XAttention: Block Sparse Attention with Antidiagonal Scoring", ops=("pool_blocks", "grouped_products", "cover_mask", "sparse_attention")),
 }
 # fmt: on
 

@@ -28,6 +28,10 @@ ROWS: dict[str, Row] = {
         full={"num_blocks": 1000, "q_block": 16, "k_block": 8},
         sparse={"num_blocks": 3, "q_block": 8, "k_block": 4},
     ),
+    "flexprefill": Row(
+        full={"min_budget": 1000, "q_block": 16},
+        sparse={"gamma": 0.3, "tau": 0.2, "min_budget": 4, "q_block": 4},
+    ),
     "per_head": Row(
         full={
             "choices": [
@@ -58,6 +62,10 @@ ROWS: dict[str, Row] = {
             "num_last_queries": 4,
             "q_block": 4,
         },
+    ),
+    "xattention": Row(
+        full={"threshold": 1.0, "stride": 4, "q_block": 16, "k_block": 8},
+        sparse={"threshold": 0.3, "stride": 2, "q_block": 4, "k_block": 4},
     ),
 }
 METHODS = [name for name in methods() if issubclass(options_for(name), PrefillPolicy)]

@@ -3,6 +3,7 @@
 from .apply import AppliedAttention, apply, remove
 from .block_topk import BlockTopK
 from .compute import Attended, Part, attend_pattern
+from .flexprefill import FlexPrefill
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
@@ -10,11 +11,13 @@ from .prompt import Prompt
 from .sink_window import SinkWindow
 from .telemetry import LayerTelemetry, observe
 from .vertical_slash import VerticalSlash
+from .xattention import XAttention
 
 __all__ = [
     "AppliedAttention",
     "Attended",
     "BlockTopK",
+    "FlexPrefill",
     "LayerTelemetry",
     "Part",
     "PerHead",
@@ -23,6 +26,7 @@ __all__ = [
     "Prompt",
     "SinkWindow",
     "VerticalSlash",
+    "XAttention",
     "apply",
     "attend_pattern",
     "from_json",

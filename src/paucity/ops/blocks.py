@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_divides, check_int, check_ndim, check_shape
+from ..checks import check_choice, check_divides, check_floating, check_int, check_ndim, check_range, check_shape
 from .formats.block import BlockMask
 
 
@@ -126,3 +126,30 @@ def grouped_products(query: Tensor, key: Tensor) -> Tensor:
     # Sizes are spelled out: -1 is ambiguous where nothing is there.
     together = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, dim)
     return (together @ key.mT).view(batch, heads, rows, key.shape[2])
+
+
+def cover_mask(mass: Tensor, share: float, *, forced: Tensor | None = None) -> Tensor:
+    """The fewest entries of every row that, with the forced ones, hold ``share`` of its mass: bool ``[..., n]``.
+
+    The highest are taken first, between equal ones the first.
+
+    Args:
+        mass: ``[..., n]`` float, not negative.
+        share: in (0, 1]; 1 keeps everything.
+        forced: bool that broadcasts to ``mass``: entries that always stay and count towards the share; a row in which
+            they already hold it keeps nothing else.
+
+    Raises:
+        InputError: if ``share`` is out of range.
+    """
+    check_floating("cover_mask", "mass", mass)
+    check_range("cover_mask", "share", share, 0, 1, open_low=True)
+    if share == 1:
+        return torch.ones_like(mass, dtype=torch.bool)
+    rows = mass.detach()
+    rank = rows if forced is None else rows.masked_fill(forced, torch.inf)
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    high = rows.gather(-1, order).double()
+    reached = high.cumsum(-1)
+    kept = torch.empty_like(rows, dtype=torch.bool).scatter_(-1, order, reached - high < share * reached[..., -1:])
+    return kept if forced is None else kept | forced
