@@ -28,6 +28,10 @@ ROWS: dict[str, Row] = {
         full={"num_blocks": 1000, "q_block": 16, "k_block": 8},
         sparse={"num_blocks": 3, "q_block": 8, "k_block": 4},
     ),
+    "chunked_hierarchical": Row(
+        full={"num_keys": 1000, "boundary_threshold": 1.0, "q_block": 16, "boundary_window": 2, "min_chunk": 4},
+        sparse={"density": 0.25, "q_block": 8, "k_block": 4},
+    ),
     "flexprefill": Row(
         full={"min_budget": 1000, "q_block": 16},
         sparse={"gamma": 0.3, "tau": 0.2, "min_budget": 4, "q_block": 4},

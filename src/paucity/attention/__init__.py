@@ -2,6 +2,7 @@
 
 from .apply import AppliedAttention, apply, remove
 from .block_topk import BlockTopK
+from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .flexprefill import FlexPrefill
 from .per_head import PerHead
@@ -17,6 +18,7 @@ __all__ = [
     "AppliedAttention",
     "Attended",
     "BlockTopK",
+    "ChunkedHierarchical",
     "FlexPrefill",
     "LayerTelemetry",
     "Part",
