@@ -125,7 +125,7 @@ class ChunkedHierarchical(PrefillPolicy):
         return start, length, total / reach.clamp(min=1).sqrt()
 
     def _boundaries(self, sums: Tensor, keys: int) -> Tensor:
-        """Where chunks begin, bool ``[B, blocks, q_block]``; ``sums`` are running, ``[B, H_kv, blocks, q_block + 1, D]``."""
+        """Where chunks begin, bool ``[B, blocks, q_block]``, from running sums of keys, as `chunks` has them."""
         near, apart, size = self.boundary_window, self.min_chunk, self.q_block
         assert self.boundary_threshold is not None
         begins = torch.zeros(len(sums), sums.shape[2], size, dtype=torch.bool, device=sums.device)

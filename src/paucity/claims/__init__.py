@@ -16,6 +16,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "dhsa-beats-block-sparse": Claim(
+        "dhsa_beats_block_sparse",
+        "2510.24606",
+        "At equal density, DHSA keeps a language model and its retrieval better than block-sparse attention does.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
