@@ -12,6 +12,9 @@ from torch import Tensor
 from ..checks import check_choice, check_divides, check_floating, check_int, check_ndim, check_range, check_shape
 from .formats.block import BlockMask
 
+_AT_ONCE = 1 << 20
+"""Entries that are widened at once."""
+
 
 def pool_blocks(
     x: Tensor, block_size: int, *, start: int = 0, reduce: Literal["mean", "sum", "amax", "amin"] = "mean"
@@ -34,16 +37,21 @@ def pool_blocks(
     check_int("pool_blocks", "block_size", block_size)
     check_int("pool_blocks", "start", start, 0)
     check_choice("pool_blocks", "reduce", reduce, ("mean", "sum", "amax", "amin"))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
     lead, length = start % block_size, x.shape[-2]
     num_blocks = -(-(lead + length) // block_size)
     rest = num_blocks * block_size - lead - length
-    empty = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
-    tiles = torch.nn.functional.pad(wide, (0, 0, lead, rest), value=empty)
-    tiles = tiles.reshape(*x.shape[:-2], num_blocks, block_size, x.shape[-1])
+    if lead or rest:
+        empty = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
+        x = torch.nn.functional.pad(x, (0, 0, lead, rest), value=empty)
+    tiles = x.reshape(*x.shape[:-2], num_blocks, block_size, x.shape[-1])
+    # A few blocks at a time: a wider copy of all of a long text costs more than its sum.
+    step = max(1, _AT_ONCE * num_blocks // max(1, tiles.numel()))
+    parts = torch.split(tiles, step, dim=-3) if x.dtype != wide else (tiles,)
     if reduce in ("amax", "amin"):
-        return tiles.amax(-2) if reduce == "amax" else tiles.amin(-2)
-    total = tiles.sum(-2)
+        reduced = [part.amax(-2) if reduce == "amax" else part.amin(-2) for part in parts]
+        return torch.cat(reduced, dim=-2).to(wide)
+    total = torch.cat([part.to(wide).sum(-2) for part in parts], dim=-2)
     if reduce == "sum":
         return total
     return total / block_lengths(length, block_size, start=start, device=x.device).unsqueeze(-1)
