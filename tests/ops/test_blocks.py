@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from paucity.checks import InputError
-from paucity.ops.blocks import block_lengths, block_mask, diagonal_blocks, grouped_products, pool_blocks, visible_blocks
+from paucity.ops.blocks import (
+    block_lengths,
+    block_mask,
+    cover_mask,
+    diagonal_blocks,
+    grouped_products,
+    pool_blocks,
+    visible_blocks,
+)
 
 sizes = pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 16), (0, 17), (5, 3), (5, 30), (16, 9), (15, 1)])
 
@@ -66,6 +74,33 @@ def test_grouped_products_are_those_of_repeated_keys():
         grouped_products(query[:, :5], key)
     with pytest.raises(InputError, match="key must have shape"):
         grouped_products(query, key[..., :3])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
+def test_cover_mask_is_the_fewest_that_hold_the_share(share):
+    mass = torch.randint(0, 9, (4, 3, 12), generator=torch.Generator().manual_seed(0)).float()
+    forced = torch.arange(12) == 5
+    for pinned in (None, forced):
+        found = cover_mask(mass, share, forced=pinned)
+        for row, kept in zip(mass.view(-1, 12).tolist(), found.view(-1, 12), strict=True):
+            chosen = [] if pinned is None else [5]
+            held = sum(row[j] for j in chosen)
+            for j in sorted(set(range(12)) - set(chosen), key=lambda j: (-row[j], j)):
+                if held >= share * sum(row):
+                    break
+                chosen.append(j)
+                held += row[j]
+            assert kept.nonzero().flatten().tolist() == sorted(chosen)
+
+
+def test_cover_mask_at_its_ends():
+    mass = torch.tensor([[1.0, 0.0, 1e-30], [0.0, 0.0, 0.0]])
+    assert cover_mask(mass, 1.0).all()
+    assert cover_mask(mass, 0.9).tolist() == [[True, False, False], [False, False, False]]
+    with pytest.raises(InputError, match="share must be"):
+        cover_mask(mass, 0.0)
+    with pytest.raises(InputError, match="share must be"):
+        cover_mask(mass, 1.1)
 
 
 def test_bad_input():

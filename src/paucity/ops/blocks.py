@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_divides, check_int, check_ndim, check_shape
+from ..checks import check_choice, check_divides, check_floating, check_int, check_ndim, check_range, check_shape
 from .formats.block import BlockMask
+
+_AT_ONCE = 1 << 20
+"""Entries that are widened at once."""
 
 
 def pool_blocks(
@@ -34,16 +37,21 @@ def pool_blocks(
     check_int("pool_blocks", "block_size", block_size)
     check_int("pool_blocks", "start", start, 0)
     check_choice("pool_blocks", "reduce", reduce, ("mean", "sum", "amax", "amin"))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
     lead, length = start % block_size, x.shape[-2]
     num_blocks = -(-(lead + length) // block_size)
     rest = num_blocks * block_size - lead - length
-    empty = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
-    tiles = torch.nn.functional.pad(wide, (0, 0, lead, rest), value=empty)
-    tiles = tiles.reshape(*x.shape[:-2], num_blocks, block_size, x.shape[-1])
+    if lead or rest:
+        empty = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
+        x = torch.nn.functional.pad(x, (0, 0, lead, rest), value=empty)
+    tiles = x.reshape(*x.shape[:-2], num_blocks, block_size, x.shape[-1])
+    # A few blocks at a time: a wider copy of all of a long text costs more than its sum.
+    step = max(1, _AT_ONCE * num_blocks // max(1, tiles.numel()))
+    parts = torch.split(tiles, step, dim=-3) if x.dtype != wide else (tiles,)
     if reduce in ("amax", "amin"):
-        return tiles.amax(-2) if reduce == "amax" else tiles.amin(-2)
-    total = tiles.sum(-2)
+        reduced = [part.amax(-2) if reduce == "amax" else part.amin(-2) for part in parts]
+        return torch.cat(reduced, dim=-2).to(wide)
+    total = torch.cat([part.to(wide).sum(-2) for part in parts], dim=-2)
     if reduce == "sum":
         return total
     return total / block_lengths(length, block_size, start=start, device=x.device).unsqueeze(-1)
@@ -126,3 +134,30 @@ def grouped_products(query: Tensor, key: Tensor) -> Tensor:
     # Sizes are spelled out: -1 is ambiguous where nothing is there.
     together = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, dim)
     return (together @ key.mT).view(batch, heads, rows, key.shape[2])
+
+
+def cover_mask(mass: Tensor, share: float, *, forced: Tensor | None = None) -> Tensor:
+    """The fewest entries of every row that, with the forced ones, hold ``share`` of its mass: bool ``[..., n]``.
+
+    The highest are taken first, between equal ones the first.
+
+    Args:
+        mass: ``[..., n]`` float, not negative.
+        share: in (0, 1]; 1 keeps everything.
+        forced: bool that broadcasts to ``mass``: entries that always stay and count towards the share; a row in which
+            they already hold it keeps nothing else.
+
+    Raises:
+        InputError: if ``share`` is out of range.
+    """
+    check_floating("cover_mask", "mass", mass)
+    check_range("cover_mask", "share", share, 0, 1, open_low=True)
+    if share == 1:
+        return torch.ones_like(mass, dtype=torch.bool)
+    rows = mass.detach()
+    rank = rows if forced is None else rows.masked_fill(forced, torch.inf)
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    high = rows.gather(-1, order).double()
+    reached = high.cumsum(-1)
+    kept = torch.empty_like(rows, dtype=torch.bool).scatter_(-1, order, reached - high < share * reached[..., -1:])
+    return kept if forced is None else kept | forced
