@@ -7,6 +7,7 @@ from .block_topk import BlockTopK
 from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
+from .dual_chunk import DualChunk
 from .flash import Flash
 from .flexprefill import FlexPrefill
 from .grid import Grid
@@ -22,6 +23,7 @@ from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, load_policy, save_policy, to_json
 from .power import Power
 from .prompt import Prompt
+from .refine import RefinedBudgets
 from .sharded import Sharded
 from .sink_window import SinkWindow
 from .spans import Spans
@@ -39,6 +41,7 @@ __all__ = [
     "BlockTopK",
     "ChunkedHierarchical",
     "Crossover",
+    "DualChunk",
     "Flash",
     "FlexPrefill",
     "Grid",
@@ -57,6 +60,7 @@ __all__ = [
     "Power",
     "PrefillPolicy",
     "Prompt",
+    "RefinedBudgets",
     "Sharded",
     "SinkWindow",
     "Spans",

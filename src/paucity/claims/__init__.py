@@ -16,10 +16,20 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "anchor-higher-recall": Claim(
+        "anchor_higher_recall",
+        "2505.23520",
+        "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
+    ),
     "dhsa-beats-block-sparse": Claim(
         "dhsa_beats_block_sparse",
         "2510.24606",
         "At equal density, DHSA keeps a language model and its retrieval better than block-sparse attention does.",
+    ),
+    "dual-chunk-extrapolates": Claim(
+        "dual_chunk_extrapolates",
+        "2402.17463",
+        "Beyond the trained length, dual-chunk attention predicts text better than the model alone, without training.",
     ),
     "gna-simulator": Claim(
         "gna_simulator",
@@ -36,6 +46,11 @@ CLAIMS: dict[str, Claim] = {
         "2406.09827",
         "HiP's selection takes time as T log T and its attention as T, where dense attention takes it as T squared.",
     ),
+    "hyper-scaling": Claim(
+        "hyper_scaling",
+        "2310.05869",
+        "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
@@ -46,6 +61,11 @@ CLAIMS: dict[str, Claim] = {
         "2407.02490",
         "Vertical-slash attention, selection included, is slower than dense attention on short prompts and faster on "
         "long ones.",
+    ),
+    "moa-beats-uniform": Claim(
+        "moa_beats_uniform",
+        "2406.14909",
+        "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
     ),
     "power-receptive-field": Claim(
         "power_receptive_field",
