@@ -40,7 +40,7 @@ def test_power_doubles_and_a_window_adds(monkeypatch):
 
 
 def test_the_union_is_whole_for_different_shards_alone():
-    row = _union(500, 8, 4)
+    row = _union(8, 4)
     assert row["different shards"] == 1.0
     assert row["one shard"] < 0.5
 

@@ -25,7 +25,18 @@ def test_a_mask_is_its_rule_token_by_token(queries, keys, dropped, block_size):
         for i in range(length - queries, length)
     ]
     wanted = torch.stack([torch.stack(row) for row in wanted]).permute(2, 0, 1)
-    assert torch.equal(mask.to_dense()[0, :, lead:], wanted)
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    assert torch.equal(mask.to_dense(causal=True)[0, :, lead:], wanted & causal)
+
+
+@pytest.mark.parametrize("dropped", [0, 5])
+def test_blocks_outside_the_window_of_the_model_are_left_out(dropped):
+    rows, columns = text_blocks(17, 40, 4, dropped=dropped)
+    kept = torch.ones(len(rows), len(columns), dtype=torch.bool)
+    whole, near = (text_mask(kept, 17, 40, block_size=4, dropped=dropped, window=w) for w in (None, 9))
+    assert near.blocks.sum() < whole.blocks.sum()
+    both = [mask.kept_pairs(mask.q_len, 40, window=9) for mask in (whole, near)]
+    assert torch.equal(*both)
 
 
 def test_powers_of_two():

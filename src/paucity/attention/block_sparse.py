@@ -71,8 +71,9 @@ class BlockSparse(PrefillPolicy):
         row, column = text_blocks(num_queries, num_keys, self.q_block, dropped=prompt.dropped, device=query.device)
         distance = row - column
         kept = self._mask(row, column) | (distance < self.local_blocks) | (column < self.sink_blocks)
-        kept &= distance >= 0
-        return text_mask(kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped)
+        return text_mask(
+            kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped, window=prompt.window
+        )
 
     def lookahead(self, length: int) -> int:
         """1: the pattern is fixed."""

@@ -39,8 +39,9 @@ class Power(PrefillPolicy):
         row, column = text_blocks(num_queries, num_keys, self.q_block, dropped=prompt.dropped, device=query.device)
         distance = row - column
         kept = is_power_of_two(distance) | (distance < self.window_blocks) | (column < self.sink_blocks)
-        kept &= distance >= 0
-        return text_mask(kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped)
+        return text_mask(
+            kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped, window=prompt.window
+        )
 
     def lookahead(self, length: int) -> int:
         """1: the pattern is fixed."""

@@ -61,8 +61,9 @@ class Sharded(PrefillPolicy):
         heads = (0,) if self.homogeneous else prompt.head_indices(query)
         shard = torch.tensor(heads, device=query.device)[:, None, None] // self.heads_per_shard + self.offset
         kept = is_strided(column, self.vert_stride, shard) | (row - column < self.local_blocks)
-        kept = kept & (column <= row)
-        return text_mask(kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped)
+        return text_mask(
+            kept, num_queries, num_keys, block_size=self.q_block, dropped=prompt.dropped, window=prompt.window
+        )
 
     def lookahead(self, length: int) -> int:
         """1: the pattern is fixed."""

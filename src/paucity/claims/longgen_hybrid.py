@@ -27,7 +27,7 @@ from .fixed_patterns import Answers, answer, hidden_facts, mean_answers, pairs_o
 NAME = "longgen-hybrid"
 TASKS = ("passkey", "key_value")
 LENGTHS, QUICK_LENGTHS = (1024, 2048), (1024,)
-NUM_SEEDS, NUM_PROMPTS, QUICK_PROMPTS, MAX_TOKENS = 2, 5, 3, 6144
+NUM_SEEDS, NUM_PROMPTS, QUICK_PROMPTS, MAX_TOKENS = 2, 4, 3, 6144
 
 
 def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimResult:

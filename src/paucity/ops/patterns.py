@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import check_int, check_ndim, check_shape
+from .blocks import visible_blocks
 from .formats.block import BlockMask
 
 
@@ -50,18 +51,23 @@ def is_strided(keys: Tensor, stride: int, offset: int | Tensor = 0) -> Tensor:
     return (keys + offset) % stride == 0
 
 
-def text_mask(kept: Tensor, num_queries: int, num_keys: int, *, block_size: int, dropped: int = 0) -> BlockMask:
-    """The mask of the blocks of the text that a rule keeps, exact for every token.
+def text_mask(
+    kept: Tensor, num_queries: int, num_keys: int, *, block_size: int, dropped: int = 0, window: int | None = None
+) -> BlockMask:
+    """The mask of the blocks of the text that a rule keeps, exact for every token that a query may see.
 
     A mask has its blocks at multiples of ``block_size`` of the keys. Where a cropped cache has dropped a part of a
     block, these straddle the blocks of the text, and each is partial by its four quarters.
 
     Args:
-        kept: bool ``[n, m]`` or ``[H, n, m]``, for the blocks of `text_blocks`.
+        kept: bool ``[n, m]`` or ``[H, n, m]``, for the blocks of `text_blocks`; later ones than the query's do not
+            matter.
         num_queries: the last tokens.
         num_keys: the tokens that are still there, the queries included.
         block_size: tokens in a block.
         dropped: tokens of the text before the first key.
+        window: keys that the model lets a query see, itself included: blocks wholly outside are left out, within
+            others it is for the kernel to apply.
 
     Returns:
         ``[1, H or 1, ...]``; the first block of queries is whole (``q_len`` counts its front).
@@ -75,17 +81,16 @@ def text_mask(kept: Tensor, num_queries: int, num_keys: int, *, block_size: int,
     check_shape("text_mask", "kept", kept, None, len(rows), len(columns))
     before, shift = num_keys - num_queries, dropped % block_size
     q_len = num_queries + before % block_size
+    seen = visible_blocks(num_queries, num_keys, block_size, block_size, window=window, device=kept.device)
     if not shift:
-        return BlockMask(kept[None], block_size, block_size, q_len, num_keys)
-    grid_rows = -(-num_keys // block_size) - before // block_size
-    grid_columns = -(-num_keys // block_size)
+        return BlockMask((kept & seen)[None], block_size, block_size, q_len, num_keys)
+    grid_rows, grid_columns = seen.shape
     # Row a of the mask has the last tokens of block a of the text, counted from that of the first key, and the first
     # tokens of block a + 1; so have the columns.
     lead = int(rows[0]) - dropped // block_size - before // block_size
     wide = pad(kept, (0, 1 + grid_columns - len(columns), lead, 1 + grid_rows - lead - len(rows)))
     quarters = [wide[:, y : y + grid_rows, x : x + grid_columns] for y in (0, 1) for x in (0, 1)]
-    code = sum(quarter.int() << place for place, quarter in enumerate(quarters))
-    assert isinstance(code, Tensor)
+    code = torch.stack([quarter.int() << place for place, quarter in enumerate(quarters)]).sum(0) * seen
     inside = (torch.arange(block_size, device=kept.device) >= block_size - shift).int()
     place = 2 * inside.unsqueeze(-1) + inside
     elements = (torch.arange(16, device=kept.device)[:, None, None] >> place & 1).bool()
