@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError
+from paucity.ops import blocks
 from paucity.ops.blocks import (
     block_lengths,
     block_mask,
@@ -110,3 +111,12 @@ def test_bad_input():
         pool_blocks(torch.ones(3, 2), 0)
     with pytest.raises(InputError, match="blocks must have 4 dimensions"):
         block_mask(torch.ones(2, 2, dtype=torch.bool), 8, 8, q_block=4, k_block=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "amax", "amin"])
+def test_pooling_a_few_blocks_at_a_time_is_pooling(dtype, reduce, monkeypatch):
+    x = torch.randn(2, 3, 45, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    monkeypatch.setattr(blocks, "_AT_ONCE", 300)
+    found = pool_blocks(x, 8, start=5, reduce=reduce)
+    torch.testing.assert_close(found, pool_blocks(x.float(), 8, start=5, reduce=reduce))
