@@ -1,7 +1,7 @@
 """Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
 
 from .anchor import Anchor
-from .apply import AppliedAttention, apply, remove
+from .apply import AppliedAttention, Observed, apply, remove
 from .block_sparse import BlockSparse
 from .block_topk import BlockTopK
 from .chunked_hierarchical import ChunkedHierarchical
@@ -30,7 +30,7 @@ from .spans import Spans
 from .telemetry import LayerTelemetry, observe
 from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
-from .watch import record
+from .watch import look, record, watch
 from .xattention import XAttention
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "MInference",
     "MoA",
     "Neighbourhood",
+    "Observed",
     "Part",
     "PerHead",
     "PolicySearch",
@@ -73,10 +74,12 @@ __all__ = [
     "from_json",
     "influence",
     "load_policy",
+    "look",
     "neighbourhood_attention",
     "observe",
     "record",
     "remove",
     "save_policy",
     "to_json",
+    "watch",
 ]

@@ -35,13 +35,14 @@ from torch.nn.functional import pad
 
 from ..checks import fail
 from ..kernels.attention import Pattern, merge_attention, sparse_attention
+from ..kernels.lines import line_lists
 from ..ops.formats.block import BlockMask
 from ..ops.formats.stripes import KeyLists, Window
 from .compute import Attended, attend_pattern, kept_pairs, lead_of
 from .policy import PrefillPolicy
 from .prompt import Prompt
 from .rotary import Rotary
-from .vertical_slash import VerticalSlash, line_pattern, line_scores
+from .vertical_slash import VerticalSlash, line_scores
 
 
 class DualChunk(PrefillPolicy):
@@ -119,7 +120,7 @@ class DualChunk(PrefillPolicy):
             mine, seen = query[:, :, begin - keys + queries : end - keys + queries], key[:, :, :end]
             scores = line_scores(mine, self._continuous(seen, prompt), prompt, num_last=self.sparse.num_last_queries)
             vertical, slash = self._lines(self.sparse, *scores, self._factors(query, prompt))
-            pieces.append(line_pattern(vertical, slash, num_queries=end - begin, q_block=self.q_block))
+            pieces.append(line_lists(vertical, slash, num_queries=end - begin, q_block=self.q_block))
             begin = end
         return _joined(pieces)
 

@@ -16,7 +16,7 @@ one; the authors' code turns A-shape and block-sparse heads into vertical-slash 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..kernels.attention import Pattern, sparse_attention
-from ..measure.tokens import device_of, evaluating, forward
 from ..ops.formats.stripes import Window
-from .apply import apply
+from .apply import Observed
 from .block_topk import BlockTopK
-from .compute import Attended, kept_pairs
+from .compute import kept_pairs
 from .interface import exact_pairs
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
 from .prompt import Prompt
 from .sink_window import SinkWindow
 from .vertical_slash import VerticalSlash, line_scores
+from .watch import look
 
 Scaled = Sequence[Sequence[PrefillPolicy]]
 """Candidates, each at all its scales, the cheapest first."""
@@ -129,19 +129,23 @@ class MInference(PolicySearch):
         score: dict[int, Tensor] = {}  # of each layer [candidates, H]
         scale: dict[int, Tensor] = {}
 
-        def weigh(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> None:
+        def weigh(seen: Observed) -> None:
+            query, key, _, prompt, _ = seen
             found = _densities(candidates, self.density, query, key, prompt)
             density[prompt.layer] = density.get(prompt.layer, 0) + found / len(calibration)
 
-        def judge(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> None:
+        def judge(seen: Observed) -> None:
+            query, key, value, prompt, _ = seen
             found = _scores(candidates, scale[prompt.layer], self.criterion, query, key, value, prompt)
             score[prompt.layer] = score.get(prompt.layer, 0) + found / len(calibration)
 
-        _look(model, calibration, weigh)
+        for ids in calibration:
+            look(model, ids, weigh)
         if not density:
             raise fail("minference", "model", "attend to the calibration prompts causally", type(model).__name__)
         scale = {layer: ((found <= self.density).sum(1) - 1).clamp(min=0) for layer, found in density.items()}
-        _look(model, calibration, judge)
+        for ids in calibration:
+            look(model, ids, judge)
         return [
             self._choose(layer, head, candidates, scale[layer], density[layer], score[layer])
             for layer in sorted(density)
@@ -252,23 +256,3 @@ def _patterns(scales: Sequence[PrefillPolicy], query: Tensor, key: Tensor, promp
             continue
         lines = lines or line_scores(query, key, prompt, num_last=policy.num_last_queries)
         yield policy.pattern(*lines, num_queries=query.shape[2])
-
-
-def _look(model: nn.Module, prompts: Sequence[Tensor], note: Callable[[Tensor, Tensor, Tensor, Prompt], None]) -> None:
-    """Tell ``note`` the queries, keys and values of every layer for every prompt; the model is left as it was."""
-
-    def observer(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, done: Attended, seconds: float) -> None:
-        note(q, k, v, prompt)
-
-    longest = max(ids.shape[1] for ids in prompts)
-    applied = apply(model, SinkWindow(num_sinks=0, window_size=longest, min_length=0))
-    modes = [(module, module.training) for module in model.modules()]
-    applied.observer = observer
-    try:
-        with evaluating(model):
-            for ids in prompts:
-                forward(model, ids.to(device_of(model)), keep=1)
-    finally:
-        applied.remove()
-        for module, training in modes:
-            module.training = training

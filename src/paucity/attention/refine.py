@@ -14,17 +14,18 @@ ours too. Logsumexps are those of dual-chunk attention at its own positions, whe
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..checks import fail
-from .apply import apply
-from .compute import Attended
+from ..measure.tokens import device_of, forward
+from .apply import Observed, apply
 from .dual_chunk import DualChunk
 from .policy import PolicySearch
 from .prompt import Prompt
+from .watch import watch
 
 
 class RefinedBudgets(PolicySearch):
@@ -58,18 +59,17 @@ class RefinedBudgets(PolicySearch):
             raise fail("refined_budgets", "calibration", "hold at least one batch", 0)
         given, found = self.base.budget_factors, dict[int, list[float]]()
 
-        def refine(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, done: Attended, seconds: float) -> None:
+        def refine(seen: Observed) -> None:
+            query, key, _, prompt, _ = seen
             start = [1.0] * query.shape[1] if given is None else given[prompt.layer]
             ruled = self.base.layers is None or prompt.layer in self.base.layers
             factors = found.setdefault(prompt.layer, list(start))
             found[prompt.layer] = self.refined(query, key, prompt, factors) if ruled else factors
 
         applied = apply(model, self.base.model_copy(update={"sparse": None, "budget_factors": None, "layers": None}))
-        applied.observer = refine
         try:
-            with torch.no_grad():
-                for ids in calibration:
-                    model(input_ids=ids.to(next(model.parameters()).device))
+            for ids in calibration:
+                watch(applied, refine, partial(forward, model, ids.to(device_of(model)), keep=1))
         finally:
             applied.remove()
         if not found:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import Problem, dense
 from ..measure.cost import time_interleaved
-from ..measure.tokens import evaluating, forward
+from ..measure.tokens import device_of, evaluating, forward
 from ..ops.formats.stripes import Window
 from .apply import AppliedAttention, Observed, apply
 from .compute import attend_exactly
@@ -41,21 +41,29 @@ def watch(applied: AppliedAttention, note: Callable[[Observed], None], run: Call
         applied.observer = None
 
 
-def record(model: nn.Module, input_ids: Tensor, *, layers: Sequence[int] | None = None) -> list[Observed]:
-    """What dense attention of each layer gets from a prompt; the model is left as it was.
+def look(
+    model: nn.Module, input_ids: Tensor, note: Callable[[Observed], None], *, layers: Sequence[int] | None = None
+) -> None:
+    """Tell ``note`` what dense attention of each layer gets from a prompt; the model is left as it was.
 
     Args:
         model: a Hugging Face causal language model without a policy.
         input_ids: ``[B, T]`` int64, without padding.
+        note: told layer by layer.
         layers: which layers; None is all.
     """
-    seen: list[Observed] = []
     exact = SinkWindow(num_sinks=0, window_size=max(1, input_ids.shape[1]), min_length=0)
     applied = apply(model, exact, layers=layers)
     try:
-        watch(applied, seen.append, partial(forward, model, input_ids, keep=1))
+        watch(applied, note, partial(forward, model, input_ids.to(device_of(model)), keep=1))
     finally:
         applied.remove()
+
+
+def record(model: nn.Module, input_ids: Tensor, *, layers: Sequence[int] | None = None) -> list[Observed]:
+    """What `look` tells of, all layers at once."""
+    seen: list[Observed] = []
+    look(model, input_ids, seen.append, layers=layers)
     return seen
 
 

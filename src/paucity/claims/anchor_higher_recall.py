@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.anchor import Anchor
-from ..attention.apply import apply
 from ..attention.prompt import Prompt
-from ..attention.sink_window import SinkWindow
-from ..attention.vertical_slash import VerticalSlash, line_pattern, line_scores
+from ..attention.vertical_slash import VerticalSlash, line_scores
+from ..attention.watch import record
 from ..kernels.attention import attention_recall
 from ..measure.data import held_out_python
-from ..measure.tokens import context_length, device_of, encode, evaluating, forward
+from ..measure.tokens import context_length, encode
 from ..models.load import Loaded, load
 from ..ops.blocks import block_mask, pool_blocks, visible_blocks
 from ..ops.formats.block import BlockMask
@@ -96,17 +95,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
 
 def captured(model: nn.Module, ids: Tensor) -> list[Layer]:
     """Queries and keys of every layer for the text ``ids`` ``[1, T]``, as attention gets them."""
-    seen: list[Layer] = []
-    applied = apply(model, SinkWindow(min_length=0, num_sinks=0, window_size=ids.shape[1]))
-    applied.observer = lambda query, key, _value, prompt, _done, _seconds: seen.append(
-        (query.float(), key.float(), prompt)
-    )
-    try:
-        with evaluating(model), torch.no_grad():
-            forward(model, ids.to(device_of(model)), keep=1)
-    finally:
-        applied.remove()
-    return seen
+    return [(seen.query.float(), seen.key.float(), seen.prompt) for seen in record(model, ids)]
 
 
 def top_blocks(score: Tensor, pairs: Tensor, length: int) -> BlockMask:
@@ -168,7 +157,7 @@ def _lines(layer: Layer, pairs: float) -> KeyLists:
         slashes = -(-length * steps // 64)
         columns = max(1, round(slashes * 1000 / 6096))
         policy = VerticalSlash(num_vertical=columns, num_slash=slashes, forced_vertical=1, forced_slash=1)
-        return line_pattern(*policy.lines(*scores), num_queries=length, q_block=BLOCK)
+        return policy.pattern(*scores, num_queries=length)
 
     low, high = 1, 64
     while low < high:

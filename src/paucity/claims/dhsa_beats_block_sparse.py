@@ -12,11 +12,12 @@ the similarity of adjacent keys, where the paper trains a predictor; a small mod
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..attention import AppliedAttention, Attended, BlockTopK, ChunkedHierarchical, PrefillPolicy, Prompt, apply
+from ..attention import AppliedAttention, BlockTopK, ChunkedHierarchical, Observed, PrefillPolicy, apply, watch
 from ..kernels.attention import attention_recall
 from ..measure.data import held_out_python
 from ..measure.quality import Quality, bits_per_byte, relative_change
@@ -150,18 +151,13 @@ def mean_recall(applied: AppliedAttention, ids: torch.Tensor) -> float:
     """Share of the dense attention mass that is kept, mean over queries, heads, layers and texts ``[B, T]``."""
     found: list[float] = []
 
-    def note(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt: Prompt, done: Attended, seconds: float
-    ) -> None:
+    def note(seen: Observed) -> None:
+        query, key, _, prompt, done = seen
         for part in done.parts or ():
             recall = attention_recall(
                 query, key, part.pattern, scale=prompt.scale, softcap=prompt.softcap, window=prompt.window
             )
             found.append(float(recall.mean()))
 
-    applied.observer = note
-    try:
-        applied.model(input_ids=ids)
-    finally:
-        applied.observer = None
+    watch(applied, note, partial(applied.model, input_ids=ids))
     return statistics.mean(found)

@@ -14,15 +14,16 @@ decode steps included; here it is prefill alone, at lengths that the embedded mo
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..attention import AppliedAttention, Attended, Hierarchical, Prompt, SinkWindow, apply
+from ..attention import AppliedAttention, Hierarchical, Observed, Prompt, SinkWindow, apply, watch
 from ..measure.data import held_out_python
 from ..measure.quality import Quality, bits_per_byte, relative_change
 from ..measure.retrieval import retrieval_accuracy
-from ..measure.tokens import encode, evaluating
+from ..measure.tokens import encode
 from ..models.load import Loaded, load
 from ..ops.formats.stripes import KeyLists, Window
 from . import CLAIMS
@@ -78,8 +79,8 @@ def overlooked(applied: AppliedAttention, ids: Tensor, *, window_size: int, q_bl
     length = ids.shape[1]
     read = torch.zeros(length, dtype=torch.bool)
 
-    def note(_q: Tensor, _k: Tensor, _v: Tensor, _prompt: Prompt, done: Attended, _seconds: float) -> None:
-        for part in done.parts or ():
+    def note(seen: Observed) -> None:
+        for part in seen.done.parts or ():
             if isinstance(part.pattern, KeyLists):
                 at = part.pattern.positions
                 start = torch.arange(at.shape[2]).unsqueeze(-1) * part.pattern.q_block
@@ -87,12 +88,7 @@ def overlooked(applied: AppliedAttention, ids: Tensor, *, window_size: int, q_bl
             elif isinstance(part.pattern, Window):
                 read[: part.pattern.num_sinks] = True
 
-    applied.observer = note
-    try:
-        with evaluating(applied.model):
-            applied.model(input_ids=ids)
-    finally:
-        applied.observer = None
+    watch(applied, note, partial(applied.model, input_ids=ids))
     last = (length - 1) // q_block * q_block
     return 1 - float(read[: max(1, last - window_size + 1)].float().mean())
 

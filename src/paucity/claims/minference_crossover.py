@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import Attended, Prompt, SinkWindow, VerticalSlash, apply, to_json
+from ..attention import VerticalSlash, apply, record, to_json
 from ..kernels import dispatch
 from ..measure.cost import time_interleaved
 from ..measure.data import held_out_python
 from ..measure.retrieval import retrieval_accuracy
-from ..measure.tokens import context_length, device_of, encode, evaluating, forward
+from ..measure.tokens import context_length, encode
 from ..models.load import Loaded, load
 from . import CLAIMS
 from .base import ClaimResult
@@ -34,8 +34,6 @@ NAME = "minference-crossover"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 POLICY = VerticalSlash(vertical_share=0.06, slash_share=0.03, min_length=0)
 PASSKEY_LENGTH, PASSKEY_LOSS = 4096, 0.05
-
-Inputs = tuple[Tensor, Tensor, Tensor, Prompt]
 
 
 def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimResult:
@@ -113,10 +111,10 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
 
 def _times(model: nn.Module, ids: Tensor, lengths: Sequence[int], repeats: int) -> list[dict[str, float]]:
     """Milliseconds of all layers at each length: causal, so that the start of a text is what a short text would be."""
-    layers = _inputs(model, ids)
+    layers = record(model, ids.unsqueeze(0))
     rows = []
     for length in lengths:
-        parts = [(*(x[:, :, :length].contiguous() for x in qkv), prompt) for *qkv, prompt in layers]
+        parts = [(*(x[:, :, :length].contiguous() for x in qkv), prompt) for *qkv, prompt, _ in layers]
         selection: list[float] = []
         density: list[float] = []
 
@@ -143,23 +141,6 @@ def _times(model: nn.Module, ids: Tensor, lengths: Sequence[int], repeats: int) 
             }
         )
     return rows
-
-
-def _inputs(model: nn.Module, ids: Tensor) -> list[Inputs]:
-    """Queries, keys, values and prompt of every layer."""
-    seen: list[Inputs] = []
-
-    def note(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, done: Attended, seconds: float) -> None:
-        seen.append((q, k, v, prompt))
-
-    applied = apply(model, SinkWindow(num_sinks=0, window_size=len(ids), min_length=0))
-    applied.observer = note
-    try:
-        with evaluating(model):
-            forward(model, ids.unsqueeze(0).to(device_of(model)), keep=1)
-    finally:
-        applied.remove()
-    return seen
 
 
 def _crossover(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:

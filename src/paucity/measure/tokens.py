@@ -50,15 +50,15 @@ def check_context(function: str, argument: str, model: nn.Module, length: int) -
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of before is restored."""
-    was_training = model.training
+    """Evaluation mode without gradients; the mode of before is restored, module by module."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if was_training:
-            model.train()
+        for module, training in modes:
+            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:
