@@ -12,11 +12,11 @@ Granularity: the block sees the latest ``window_size`` keys of its first query a
 ``q_block - 1`` keys more, about half of that in the mean. What is searched ends where this begins: nothing is listed
 twice, and ``k`` is what comes on top.
 
-From the authors' code rather than the paper: the ``num_sinks`` first keys that always stay, and that of a block of
-queries every second one scores (``query_stride``; 1 is the paper's plain maximum over the block). Not here: the mask
-that decode steps refresh every few steps (they are dense here), the offloaded cache, positions beyond those that the
-model was trained on, scoring in groups of heads, the first three layers kept dense in some of the paper's tables
-(``layers`` does that).
+Not all queries of a block score but every ``query_stride``-th, the last one among them (the paper's sampling by
+strides); 1 takes the maximum over all. Its default and that of ``num_sinks``, the first keys that always stay, are
+those of the authors' code. Not here: the mask that decode steps refresh every few steps (they are dense here), the
+offloaded cache, positions beyond those that the model was trained on, scores shared by heads, and the first layers
+kept dense in some of the authors' settings (``layers`` does that).
 """
 
 from pydantic import Field, model_validator
