@@ -26,8 +26,9 @@ def test_it_says_what_it_measured():
     densities = [row["density"] for row in result.measured["causal"]["by_length"]]
     assert densities[0] == 1.0
     assert densities[0] > densities[1] > densities[2]
-    errors = result.measured["relative_error"]
-    assert 0 < errors["clustered"]["causal"][0] < 1
+    error = result.measured["error"]["clustered"]["causal"][0]
+    assert 0 < error["relative"] < 1
+    assert 0 < error["spectral"] < 1
     assert set(result.measured["unmasked"]["exponents"]) == {"exact", "own_exact", "hyper"}
 
 

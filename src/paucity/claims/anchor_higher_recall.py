@@ -7,10 +7,15 @@ attention mass that a pattern keeps (recall), at the number of pairs that anchor
 The others get the same pairs, rounded up in their favour: blocks of 128 keys, first and own block always, then the best
 by pooled query times pooled key (the block estimate of MInference and FlexPrefill), or by the same evidence that
 anchors have (pooled query times every key, summed as exponentials), in every block of queries as many as anchor
-attention pays there; vertical-slash in every layer, with its paper's 1000 columns to 6096 distances. `holds` if the
-mean recall of anchors is the highest at every ``theta`` at which they leave something out. The full run also gives the
-density at which blocks reach the recall of anchors. Differences: texts of 4096 tokens, the paper up to 128k, so that
-groups are 4 blocks instead of 16 (16 would be half of the text, and window).
+attention pays there; vertical-slash in every layer, with its paper's 1000 columns to 6096 distances. So the others are
+given anchor attention's own choice of how much each head, row or layer needs. `holds` if the mean recall of anchors is
+the highest at every ``theta`` at which they leave something out. The full run also has blocks with the same share for
+every head and row: their recall at the density of anchors, and the density at which they reach their recall.
+
+On the embedded model the claim does not hold, at 4096 tokens with thetas of 8 to 12: anchors keep a little more than
+blocks by pooled keys, as much as blocks by the same evidence, and at small thetas less than vertical-slash. What they
+have is the choice of how much: against blocks with the same share everywhere their lead is large. Differences: the
+paper reads up to 128k tokens; groups are 4 blocks instead of 16, which would be half of the text, and window.
 """
 
 import itertools
@@ -69,14 +74,17 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         rows.append({"theta": theta, **{name: _mean([one[name] for one in measured]) for name in measured[0]}})
     curve = [] if quick else [_mean([_blocks_at(layer, share) for layer in texts[0]]) for share in SHARES]
     for row in rows if curve else ():
-        row["blocks_density_for_this_recall"] = _density_for(row["anchor"]["recall"], curve)
+        row["uniform_blocks"] = {
+            "recall_at_this_density": _between(curve, "density", row["anchor"]["density"], "recall"),
+            "density_for_this_recall": _between(curve, "recall", row["anchor"]["recall"], "density"),
+        }
     sparse = [row for row in rows if row["anchor"]["density"] < 1]
     return ClaimResult(
         claim=NAME,
         paper=CLAIMS[NAME].paper,
         statement=CLAIMS[NAME].statement,
         paper_figure={"recall at the same sparsity": "higher than FlexPrefill's and vertical-slash's at every theta"},
-        measured={"by_theta": rows, "blocks_by_density": curve},
+        measured={"by_theta": rows, "uniform_blocks": curve},
         holds=bool(sparse)
         and all(row["anchor"]["recall"] > row[other]["recall"] for row in sparse for other in OTHERS),
         seconds=time.monotonic() - started,
@@ -148,18 +156,18 @@ def _pairs_by_block(pattern: KeyLists, length: int) -> Tensor:
 
 
 def _lines(layer: Layer, pairs: float) -> KeyLists:
-    """The vertical-slash pattern with the fewest lines (by 1/64) that pays ``pairs`` on the mean over heads."""
+    """The vertical-slash pattern with the fewest lines (by 1/512) that pays ``pairs`` on the mean over heads."""
     query, key, prompt = layer
     length = key.shape[2]
     scores = line_scores(query, key, prompt)
 
     def pattern(steps: int) -> KeyLists:
-        slashes = -(-length * steps // 64)
+        slashes = -(-length * steps // 512)
         columns = max(1, round(slashes * 1000 / 6096))
         policy = VerticalSlash(num_vertical=columns, num_slash=slashes, forced_vertical=1, forced_slash=1)
         return policy.pattern(*scores, num_queries=length)
 
-    low, high = 1, 64
+    low, high = 1, 512
     while low < high:
         middle = (low + high) // 2
         if float(pattern(middle).kept_pairs(length, length).float().mean()) >= pairs:
@@ -192,10 +200,9 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(one[name] for one in found) for name in found[0]}
 
 
-def _density_for(recall: float, curve: list[dict[str, float]]) -> float | None:
-    """Where the curve reaches ``recall``, by straight lines between its points; None beyond its ends."""
+def _between(curve: list[dict[str, float]], known: str, value: float, wanted: str) -> float | None:
+    """What the curve has where ``known`` is ``value``, by straight lines between its points; None beyond its ends."""
     for low, high in itertools.pairwise(curve):
-        if low["recall"] <= recall <= high["recall"] and high["recall"] > low["recall"]:
-            share = (recall - low["recall"]) / (high["recall"] - low["recall"])
-            return low["density"] + share * (high["density"] - low["density"])
+        if low[known] <= value <= high[known] and high[known] > low[known]:
+            return low[wanted] + (value - low[known]) / (high[known] - low[known]) * (high[wanted] - low[wanted])
     return None
