@@ -60,7 +60,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     room = min(context_length(model) or LONGEST, len(encode(tokenizer, held_out)), LONGEST)
     profiled = [room // 4, room // 2] if quick else [room // 4, room // 2, room]
     lengths, densities = profiled[1:], DENSITIES[:1] if quick else DENSITIES
-    num_texts, num_prompts, max_tokens = (1, 8, 6144) if quick else (2, 12, 16384)
+    num_texts, num_prompts, max_tokens = (1, 6, 4096) if quick else (2, 10, 16384)
     calibration = Calibration(tokenizer, seed)
     measure = partial(measured, loaded, held_out, lengths, num_prompts=num_prompts, max_tokens=max_tokens, seed=seed)
 
