@@ -9,8 +9,8 @@ equal. How much is due to those first keys shows the second baseline, which keep
 
 On the embedded model it does not hold. Against blocks whose first is kept too, chunks of 32 are better in recall and
 perplexity at each density; but there keeping the first keys is itself a loss at a small budget, and the baseline
-without them is as good as DHSA. Retrieval at these budgets is near 0 for all. Chunks of varying length, without the
-trained predictor, are worse than fixed ones.
+without them is as good as DHSA. Retrieval at these budgets is poor for all, and not better for DHSA. Chunks of varying
+length, without the trained predictor, have lower recall and higher perplexity than fixed ones.
 
 Differences: chunks of varying length end at local minima of the similarity of adjacent keys, where the paper trains a
 predictor; the last queries are sparse like all others, where the public code computes those of the instruction densely;
