@@ -26,7 +26,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log
-from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -59,8 +58,6 @@ class DualChunk(PrefillPolicy):
         prefill_chunk: queries that share a choice of keys.
     """
 
-    decodes: ClassVar[bool] = True
-
     chunk_size: int = Field(8192, ge=2)
     local_size: int = Field(1024, ge=1)
     original_length: int | None = Field(None, ge=1)
@@ -92,6 +89,11 @@ class DualChunk(PrefillPolicy):
         if factors is not None and [len(row) for row in factors] != [num_heads] * (max(layers) + 1):
             wanted = f"have {max(layers) + 1} layers of {num_heads} heads"
             raise fail("dual_chunk", "budget_factors", wanted, [len(row) for row in factors])
+
+    @property
+    def decodes(self) -> bool:
+        """True: further tokens, too, must not meet a distance beyond ``chunk_size``."""
+        return True
 
     def lookahead(self, length: int) -> int:
         """The queries that share a choice; all where the scale of the logits depends on the length of the text."""

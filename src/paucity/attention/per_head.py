@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..kernels.attention import Pattern
-from .compute import Attended, Part, even_groups, take_heads
+from .compute import Attended, Part, attend_exactly, even_groups, take_heads
 from .policy import PrefillPolicy
 from .portable import from_json, read_mapping, to_json
 from .prompt import Prompt
@@ -86,6 +86,11 @@ class PerHead(PrefillPolicy):
         """Each head by its own choice."""
         return attend_by_head(self.choices, self._ruling(prompt, query), query, key, value, prompt)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether any of the choices has decode steps of its own."""
+        return any(choice.decodes for choice in self.choices)
+
     def lookahead(self, length: int) -> int:
         """The longest of the choices."""
         return max(choice.lookahead(length) for choice in self.choices)
@@ -118,13 +123,15 @@ def attend_by_head(
     out = query.new_empty(batch, heads, queries, value.shape[-1])
     kept = torch.zeros(batch, heads, dtype=torch.int64, device=query.device)
     parts: list[Part] | None = []
+    is_prompt = queries > 1  # a step with a single query is dense, unless the choice has its own
     seconds, indices = 0.0, prompt.head_indices(query)
     for choice in sorted(set(assignment)):
         ruled = [head for head in range(heads) if assignment[head] == choice]
         for mine, theirs in even_groups(ruled, heads // key.shape[1]):
             sub = replace(prompt, heads=tuple(indices[h] for h in mine), num_heads=prompt.num_heads or heads)
             taken = (take_heads(query, mine), take_heads(key, theirs), take_heads(value, theirs))
-            done = choices[choice].compute(*taken, sub)
+            own = is_prompt or choices[choice].decodes
+            done = choices[choice].compute(*taken, sub) if own else attend_exactly(*taken, sub)
             out[:, mine], kept[:, mine] = done.out, done.kept.expand(batch, len(mine))
             seconds += done.select_seconds
             if parts is not None and done.parts is not None:

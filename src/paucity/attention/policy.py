@@ -7,7 +7,6 @@ batch gives what its rows give alone, whatever the method.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,12 +32,14 @@ class PrefillPolicy(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    decodes: ClassVar[bool] = False
-    """Whether steps with a single query are its own too, instead of dense."""
-
     min_length: int = Field(1024, ge=0)
     layers: list[int] | None = None
     q_block: int = Field(128, ge=1)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether steps with a single query are its own too, instead of dense."""
+        return False
 
     @abstractmethod
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> Pattern:

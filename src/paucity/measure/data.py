@@ -5,6 +5,7 @@ folder that the environment variable ``PAUCITY_DATA`` names; each loader knows t
 when the folder or the file is absent.
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -34,6 +35,7 @@ HELD_OUT_MODULES = (
 _SKIPPED_PARTS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__", "idle_test"}
 
 
+@functools.cache
 def _stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
