@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from paucity.attention import PerHead, Prompt, SinkWindow, VerticalSlash, apply, observe
 from paucity.attention.compute import kept_pairs
-from paucity.attention.vertical_slash import line_pattern
 from paucity.attention.watch import watch
 from paucity.checks import InputError
+from paucity.kernels.lines import line_lists
 
 from .test_apply import model_of, tokens
 
@@ -99,7 +99,7 @@ def test_a_picture_holds_the_share_of_every_cell():
 def test_pairs_of_a_block_that_lacks_its_front(tq, tk, q_block):
     generator = torch.Generator().manual_seed(0)
     vertical, slash = (torch.rand(2, 3, tk, generator=generator) < share for share in (0.2, 0.1))
-    pattern = line_pattern(vertical, slash, num_queries=tq, q_block=q_block)
+    pattern = line_lists(vertical, slash, num_queries=tq, q_block=q_block)
     lead = (tk - tq) % q_block
     for window in (None, 7):
         mask = pattern.visible(tq + lead, tk, window=window)[:, :, lead:]

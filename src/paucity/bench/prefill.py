@@ -43,8 +43,22 @@ RANDOM_LLAMA = {
 POLICIES: dict[str, PrefillPolicy] = {
     name: from_json({"method": name, "min_length": 0, **options})
     for name, options in {
+        "anchor": {"theta": 8.0, "step": 4},
+        "block_sparse": {"q_block": 64, "local_blocks": 4, "sink_blocks": 1},
+        "block_topk": {"num_blocks": 16, "force_first": True},
+        "chunked_hierarchical": {"num_keys": 1024},
+        "flash": {},
+        "flexprefill": {"gamma": 0.9, "min_budget": 512},
+        "grid": {"strides": [128, 256, 512], "num_vertical": 256, "window_size": 512},
+        "hierarchical": {"k": 512},
+        "hyper": {"exact_length": 1024},
+        "neighbourhood": {"window_size": 576},
+        "power": {"q_block": 64},
+        "sharded": {"local_blocks": 8, "vert_stride": 4},
         "sink_window": {"num_sinks": 64, "window_size": 512},
+        "tri_shape": {"num_sinks": 64, "window_size": 512, "num_last": 64},
         "vertical_slash": {"num_vertical": 256, "num_slash": 128},
+        "xattention": {"stride": 16},
     }.items()
 }
 
