@@ -83,7 +83,8 @@ def run() -> list[BenchRow]:
         rows += [_row(f"prefill.{name}.{length}", "embedded model", length, part, name) for name in POLICIES]
     assert part is not None
     shortest = {name: part.times.timings[name].median for name in POLICIES}
-    finalists = sorted(keep_answering(loaded, POLICIES), key=lambda name: shortest[name])[:FINALISTS]
+    candidates = {name: policy for name, policy in POLICIES.items() if part.density[name] < 1}
+    finalists = sorted(keep_answering(loaded, candidates), key=lambda name: shortest[name])[:FINALISTS]
     for length in LONG:
         part = attention_part(record(loaded.model, ids[:, :length]), {n: POLICIES[n] for n in finalists})
         rows += [_row(f"prefill.{name}.{length}", "embedded model", length, part, name) for name in finalists]
