@@ -19,6 +19,7 @@ from transformers import (
 
 from paucity.attention import PerHead
 from paucity.attention.apply import apply, apply_step, remove
+from paucity.attention.interface import ATTRIBUTE
 from paucity.attention.portable import options_for
 from paucity.checks import InputError
 from paucity.models.applied import Applied
@@ -277,7 +278,7 @@ def test_a_deep_copy_is_sparse_and_independent():
     assert torch.equal(logits(model, ids), sparse)
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     model = model_of("llama")
     with pytest.raises(InputError, match="layers must be among the 2 attention layers, got 2"):
         apply(model, policy("sink_window", "sparse"), layers=[2])
@@ -293,6 +294,16 @@ def test_bad_input():
     with pytest.raises(ValidationError, match="assignment must index one of the 1 choices, got 1"):
         PerHead(choices=choices, assignment=[1])
     assert model.config._attn_implementation == "eager"
+    with monkeypatch.context() as patched:
+        patched.setitem(apply.__globals__, "find_rotary", lambda model, layer: 1 // (1 - layer))
+        with pytest.raises(ZeroDivisionError):
+            apply(model, policy("sink_window", "sparse"))
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "set_attn_implementation", lambda name: None)
+        with pytest.raises(InputError, match="use transformers' attention interface"):
+            apply(model, policy("sink_window", "sparse"))
+    assert model.config._attn_implementation == "eager"
+    assert not any(hasattr(module, ATTRIBUTE) for module in model.modules())
     apply(model, policy("sink_window", "sparse"))
     with pytest.raises(InputError, match="model must carry no policy yet"):
         apply(model, policy("sink_window", "sparse"))

@@ -133,3 +133,12 @@ def test_a_change_of_content_is_a_boundary():
 def test_bad_options(options, message):
     with pytest.raises(ValidationError, match=message):
         ChunkedHierarchical(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"boundary_threshold": 0.5, "boundary_window": 2, "min_chunk": 4}])
+def test_a_block_longer_than_the_text_takes_no_more_memory(options):
+    query, key = inputs(23, 40)
+    for size in (1 << 40, 64):
+        pattern = ChunkedHierarchical(q_block=size, **options).select(query, key, Prompt(0, 0.3))
+        lead = 17  # queries of the only block that are missing
+        assert torch.equal(pattern.kept_pairs(23 + lead, 40), torch.full((2, 4), 40 * 41 // 2))

@@ -55,6 +55,8 @@ def test_wrong_json_is_refused(data, message):
 def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="which does not exist"):
         load_policy(tmp_path / "none.json")
+    with pytest.raises(InputError, match="path must be a path, got int"):
+        from_json({"method": "per_head", "file": 3})
     path = tmp_path / "x.json"
     for text, message in (("{", "must be valid JSON or YAML"), ("[1]", "must hold a mapping, got list")):
         path.write_text(text)

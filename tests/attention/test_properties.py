@@ -33,6 +33,17 @@ def test_full_budget_is_dense(method, tq, tk):
     assert (done.kept == seen.sum()).all()
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["anchor", "flexprefill", "hierarchical", "sink_window", "vertical_slash", "xattention"],
+)
+@pytest.mark.parametrize("tq", [23, 40])
+def test_a_block_longer_than_the_text_takes_no_more_memory(method, tq):
+    found, wanted = (policy(method, "full", q_block=size).attend(*inputs(tq, 40), PROMPT) for size in (1 << 40, 1 << 6))
+    assert torch.equal(found.kept, wanted.kept)
+    torch.testing.assert_close(found.out, wanted.out, atol=1e-6, rtol=1e-6)
+
+
 @methods
 @pytest.mark.parametrize("length", [40, 63])
 def test_a_sparse_budget_computes_less_and_counts_it(method, length):

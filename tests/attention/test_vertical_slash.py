@@ -75,3 +75,13 @@ def test_absolute_budgets_stop_at_the_length():
 def test_bad_options(options):
     with pytest.raises(ValidationError):
         VerticalSlash(**options)
+
+
+@pytest.mark.parametrize(("dropped", "forced"), [(0, 4), (3, 1), (9, 0)])
+def test_a_dropped_start_is_not_forced(dropped, forced):
+    query, key = torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 32, 4)
+    key[..., 20:24, :] = 5
+    query[:] = 5
+    policy = VerticalSlash(num_vertical=4, num_slash=1, forced_vertical=4, forced_slash=1, q_block=8)
+    positions = policy.select(query, key, Prompt(0, 1.0, dropped=dropped)).positions
+    assert ((positions >= 0) & (positions < 4)).sum() == 2 * forced

@@ -94,3 +94,12 @@ def test_bad_options(options):
 def test_blocks_are_whole_groups():
     with pytest.raises(ValidationError, match=r"k_block must be a multiple of stride \(8\), got 100"):
         XAttention(k_block=100)
+
+
+def test_sums_of_float16_do_not_overflow():
+    query, key = (100 * x.half() for x in inputs(29, 29))
+    sizes = {"stride": 8, "q_block": 8, "k_block": 8}
+    mass = antidiagonal_mass(query, key, Prompt(0, 0.01), **sizes)
+    assert mass.isfinite().all()
+    wide = antidiagonal_mass(query.float(), key.float(), Prompt(0, 0.01), **sizes)
+    torch.testing.assert_close(mass, wide, atol=0.05, rtol=0)

@@ -120,3 +120,9 @@ def test_pooling_a_few_blocks_at_a_time_is_pooling(dtype, reduce, monkeypatch):
     monkeypatch.setattr(blocks, "_AT_ONCE", 300)
     found = pool_blocks(x, 8, start=5, reduce=reduce)
     torch.testing.assert_close(found, pool_blocks(x.float(), 8, start=5, reduce=reduce))
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_block_longer_than_the_text_takes_no_more_memory(start):
+    x = torch.randn(1, 2, 5, 4)
+    torch.testing.assert_close(pool_blocks(x, 1 << 40, start=start)[..., 0, :], x.mean(-2))

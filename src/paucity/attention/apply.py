@@ -74,11 +74,13 @@ def apply(model: nn.Module, policy: PrefillPolicy, layers: Sequence[int] | None 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
     applied = AppliedAttention(model, policy, sorted(sites if wanted is None else set(wanted)), _implementation(model))
+    found = {layer: Site(applied, layer, find_rotary(model, layer)) for layer in sites}
     _set_implementation(model, NAME)
     if _text_config(model)._attn_implementation != NAME:
+        applied.remove()
         raise fail("apply", "model", "use transformers' attention interface", type(model).__name__)
     for layer, module in sites.items():
-        setattr(module, ATTRIBUTE, Site(applied, layer, find_rotary(model, layer)))
+        setattr(module, ATTRIBUTE, found[layer])
     return applied
 
 

@@ -108,7 +108,8 @@ class ChunkedHierarchical(PrefillPolicy):
         Args:
             key: ``[B, H_kv, Tk, D]``.
         """
-        size, keys = self.q_block, key.shape[2]
+        keys = key.shape[2]
+        size = min(self.q_block, keys)  # a longer block is the same block
         # Sums within each block of queries, which no chunk leaves: [B, H_kv, blocks, size + 1, D].
         wide = pad(key.to(torch.promote_types(key.dtype, torch.float32)), (0, 0, 0, -keys % size))
         sums = pad(wide.reshape(*key.shape[:2], -1, size, key.shape[3]).cumsum(-2), (0, 0, 1, 0))
@@ -126,7 +127,7 @@ class ChunkedHierarchical(PrefillPolicy):
 
     def _boundaries(self, sums: Tensor, keys: int) -> Tensor:
         """Where chunks begin, bool ``[B, blocks, q_block]``, from running sums of keys, as `chunks` has them."""
-        near, apart, size = self.boundary_window, self.min_chunk, self.q_block
+        near, apart, size = self.boundary_window, self.min_chunk, sums.shape[3] - 1
         assert self.boundary_threshold is not None
         begins = torch.zeros(len(sums), sums.shape[2], size, dtype=torch.bool, device=sums.device)
         begins[..., 0] = True

@@ -255,4 +255,4 @@ def _patterns(scales: Sequence[PrefillPolicy], query: Tensor, key: Tensor, promp
             yield policy.select(query, key, prompt)
             continue
         lines = lines or line_scores(query, key, prompt, num_last=policy.num_last_queries)
-        yield policy.pattern(*lines, num_queries=query.shape[2])
+        yield policy.pattern(*lines, num_queries=query.shape[2], dropped=prompt.dropped)

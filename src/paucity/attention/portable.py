@@ -101,7 +101,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InputError: if there is none.
+        InputTypeError: if ``path`` is not a path.
     """
+    if not isinstance(path, str | Path):
+        raise InputTypeError(f"load_policy: path must be a path, got {type(path).__name__}.")
     path = Path(path)
     if not path.is_file():
         raise fail("load_policy", "path", "be a JSON file", f"{path}, which does not exist")

@@ -56,19 +56,25 @@ class VerticalSlash(PrefillPolicy):
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> KeyLists:
         """The choice of every head, as key lists."""
         scores = line_scores(query, key, prompt, num_last=self.num_last_queries)
-        return self.pattern(*scores, num_queries=query.shape[2])
+        return self.pattern(*scores, num_queries=query.shape[2], dropped=prompt.dropped)
 
-    def pattern(self, vertical_score: Tensor, slash_score: Tensor, *, num_queries: int) -> KeyLists:
+    def pattern(self, vertical_score: Tensor, slash_score: Tensor, *, num_queries: int, dropped: int = 0) -> KeyLists:
         """The key lists for what `line_scores` gave, ``[B, H, Tk]`` each."""
-        vertical, slash = self.lines(vertical_score, slash_score)
+        vertical, slash = self.lines(vertical_score, slash_score, dropped=dropped)
         return line_lists(vertical, slash, num_queries=num_queries, q_block=self.q_block)
 
-    def lines(self, vertical_score: Tensor, slash_score: Tensor) -> tuple[Tensor, Tensor]:
-        """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them."""
+    def lines(self, vertical_score: Tensor, slash_score: Tensor, *, dropped: int = 0) -> tuple[Tensor, Tensor]:
+        """Kept columns and kept distances, bool ``[B, H, Tk]`` each, `budgets` of them.
+
+        Args:
+            vertical_score: mass by position.
+            slash_score: mass by distance.
+            dropped: keys of the text's start that are not there, and so are not forced.
+        """
         keys = vertical_score.shape[-1]
         place = torch.arange(keys, device=vertical_score.device)
         num_vertical, num_slash = self.budgets(keys)
-        vertical_score = vertical_score.masked_fill(place < self.forced_vertical, torch.inf)
+        vertical_score = vertical_score.masked_fill(place < self.forced_vertical - dropped, torch.inf)
         # A distance that the last queries do not have carries no mass.
         slash_score = slash_score.masked_fill(place < self.forced_slash, torch.inf)
         return topk_mask(vertical_score, k=num_vertical), topk_mask(slash_score, k=num_slash)

@@ -12,6 +12,8 @@ that are there, where that code divides by ``stride``. Not here: the dynamic pro
 of its own (`paucity.attention.per_head` takes such a result).
 """
 
+import math
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -88,14 +90,17 @@ def antidiagonal_mass(query: Tensor, key: Tensor, prompt: Prompt, *, stride: int
         k_block: keys in a block, a multiple of ``stride``.
     """
     (batch, heads, queries, dim), keys = query.shape, key.shape[2]
+    stride = min(stride, keys)  # a longer group is the same group
     start, num_groups = keys - queries, -(-keys // stride)
     first, rest = start // stride, num_groups * stride - keys
     tiles = pad(query.detach(), (0, 0, start % stride, rest)).reshape(batch, heads, -1, stride, dim)
-    grouped_query = tiles.flip(3).flatten(3)
+    # A power of two is exact, and sums of unscaled products leave the range of float16.
+    shrink = 2.0 ** -math.ceil(math.log2(stride * dim**0.5)) if query.dtype == torch.float16 else 1.0
+    grouped_query = tiles.flip(3).flatten(3) * shrink
     grouped_key = pad(key.detach(), (0, 0, 0, rest)).reshape(batch, key.shape[1], num_groups, stride * dim)
-    factor = prompt.scale / block_lengths(queries, stride, start=start, device=query.device)
+    factor = prompt.scale / shrink / block_lengths(queries, stride, start=start, device=query.device)
     group = torch.arange(num_groups, device=query.device)
-    per_row, per_block = q_block // stride, k_block // stride
+    per_row, per_block = (min(block // stride, num_groups) for block in (q_block, k_block))
     step = max(1, _ROWS // per_row) * per_row
     sums = []
     # Some rows of blocks at a time, with the keys up to their end: memory is bounded, and later keys cost nothing.

@@ -38,7 +38,9 @@ def pool_blocks(
     check_int("pool_blocks", "start", start, 0)
     check_choice("pool_blocks", "reduce", reduce, ("mean", "sum", "amax", "amin"))
     wide = torch.promote_types(x.dtype, torch.float32)
-    lead, length = start % block_size, x.shape[-2]
+    length = x.shape[-2]
+    block_size = min(block_size, max(1, start + length))  # a longer one is the same block
+    lead = start % block_size
     num_blocks = -(-(lead + length) // block_size)
     rest = num_blocks * block_size - lead - length
     if lead or rest:

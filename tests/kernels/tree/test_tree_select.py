@@ -128,3 +128,12 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr("paucity.kernels.tree.native._tree_select", lambda _: 1)
     with pytest.raises(RuntimeError, match="of another version"):
         tree_select(torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4), **OPTIONS)
+
+
+@pytest.mark.parametrize("changed", [{"k": 1 << 40}, {"k": 1 << 40, "k_block": 1 << 40}, {"q_block": 1 << 40}])
+def test_sizes_longer_than_the_text_take_no_more_memory(twin, changed):
+    x = torch.randn(1, 2, 8, 4)
+    found = tree_select(x, x, **OPTIONS | changed)
+    wanted = tree_select(x, x, **OPTIONS | dict.fromkeys(changed, 8))
+    assert torch.equal(found.positions, wanted.positions)
+    assert torch.equal(found.counts, wanted.counts)

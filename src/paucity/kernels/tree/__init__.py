@@ -62,6 +62,8 @@ def tree_select(
         raise fail(name, "k", f"be a multiple of k_block ({k_block})", k)
     keys = key.shape[2]
     segments = min(k // k_block, max(1, -(-keys // k_block)))
+    # What is longer than the text is as long as the text.
+    steps = (min(size, max(1, keys)) for size in (k_block, q_block, query_stride))
     sizes = (min(size, keys) for size in (num_sinks, window_size, window or 0))
-    positions, counts = op.tree_select(query.detach(), key.detach(), segments, k_block, q_block, query_stride, *sizes)
+    positions, counts = op.tree_select(query.detach(), key.detach(), segments, *steps, *sizes)
     return KeyLists(positions, counts, q_block)
