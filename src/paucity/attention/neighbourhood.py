@@ -236,7 +236,7 @@ def _in_text(axes: Sequence[Axis], start: int, text_window: int | None, query: T
     for axis in axes:
         after //= axis.length
         mine, theirs = ((at - start).clamp(0, total - 1) // after % axis.length for at in (query, key))
-        seen &= axis.sees(mine)[:, theirs]
+        seen &= axis.sees(mine, theirs)
     seen |= key < start
     outside = ((query < start) | (query >= start + total)).unsqueeze(-1)
     near = torch.ones((), dtype=torch.bool) if text_window is None else key > query.unsqueeze(-1) - text_window

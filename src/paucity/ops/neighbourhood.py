@@ -61,10 +61,10 @@ class Axis:
         """Who sees whom along the dimension: bool ``[length, length]``."""
         return self.sees(torch.arange(self.length))
 
-    def sees(self, place: Tensor) -> Tensor:
-        """What the positions ``place`` ``[n]`` see along the dimension: bool ``[n, length]``."""
+    def sees(self, place: Tensor, key: Tensor | None = None) -> Tensor:
+        """Whether the positions ``place`` ``[n]`` see those of ``key`` ``[m]``, by default all: bool ``[n, m]``."""
         start, stop = (end[place].unsqueeze(-1) for end in self.bounds())
-        key = torch.arange(self.length)
+        key = torch.arange(self.length) if key is None else key
         group, index = key % self.dilation, key // self.dilation
         return ((place % self.dilation).unsqueeze(-1) == group) & (start <= index) & (index < stop)
 
