@@ -193,3 +193,13 @@ def test_recovers_stride_and_phase_and_keeps_more_than_other_methods_at_equal_co
 def test_bad_options(options):
     with pytest.raises(ValidationError):
         Grid(**options)
+
+
+def test_strides_longer_than_the_text_are_alike():
+    query, key, _ = inputs(50, 50)
+    options = {"q_block": 4, "window_size": 4, "num_sinks": 0, "num_vertical": 0, "slash": True, "num_phases": 3}
+    short, long = (
+        Grid(strides=[stride], line_share=None, **options).select(query, key, Prompt()).visible(50, 50)
+        for stride in (51, 1 << 40)
+    )
+    assert torch.equal(short, long)

@@ -104,3 +104,13 @@ def test_bad_input():
             Neighbourhood(**options)
     with pytest.raises(ValidationError, match="window_size must have 3 values"):
         Neighbourhood(shape=[2, 2, 2], window_size=[1, 1])
+
+
+def test_a_dimension_longer_than_any_mask():
+    query, key, _ = inputs(64)
+    options = {"window_size": 5, "stride": 3, "dilation": 2}
+    short, long = (
+        Neighbourhood(shape=[size], **options).select(query, key, Prompt()).to_dense(causal=True)
+        for size in (100, 300_000)
+    )
+    assert torch.equal(short, long)

@@ -1,11 +1,14 @@
 """Integer programmes against all choices there are."""
 
+import ctypes
 import itertools
+import os
 
 import pytest
 import torch
 
 from paucity.checks import InputError
+from paucity.ops import ilp
 from paucity.ops.ilp import choose_options, pareto_options
 
 
@@ -76,3 +79,21 @@ def test_bad_input():
         choose_options(loss[0], cost, budget, groups=groups[1:], max_distinct=1)
     with pytest.raises(InputError, match="max_distinct must be at least 1"):
         choose_options(loss[0], cost, budget, max_distinct=0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="C's own buffers are not reached elsewhere")
+def test_what_the_solver_prints_does_not_reach_stdout(monkeypatch, capfd):
+    libc, milp = ctypes.CDLL(None), ilp.milp
+
+    def talkative(*args, **kwargs):
+        libc.puts(b"from C")  # stays in C's buffer where stdout is no terminal
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(ilp, "milp", talkative)
+    print("before")
+    choose_options(torch.ones(1, 1), torch.ones(1, 1, 1), [1.0])
+    print("after")
+    libc.fflush(None)
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n"
+    assert "from C" in err

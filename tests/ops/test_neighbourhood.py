@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from paucity.checks import InputError
-from paucity.ops.neighbourhood import grid_axes, neighbourhood_mask, tiled_neighbourhood
+from paucity.ops.neighbourhood import (
+    Axis,
+    axis_pairs,
+    count_tile_pairs,
+    grid_axes,
+    neighbourhood_mask,
+    tiled_neighbourhood,
+)
 from paucity.ops.tile_speedup import best_tiles, factorings, simulate_speedup
 
 CASES = [  # shape, window, stride, dilation, causal, tile of queries, tile of keys
@@ -117,3 +124,19 @@ def test_bad_input(options, message):
     given = {"shape": (4, 4), "window_size": 3, "q_tile": (2, 2), "k_tile": (2, 2)} | options
     with pytest.raises((InputError, TypeError), match=message):
         simulate_speedup(given.pop("shape"), given.pop("window_size"), **given)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("q_tile", "k_tile"), [(1, 1), (4, 3), (3, 8)])
+def test_tiles_are_counted_without_maps(causal, q_tile, k_tile):
+    for length, stride, dilation in itertools.product((1, 7, 20), (1, 3, 5), (1, 3)):
+        axis = Axis(length, 5, stride, dilation, causal)
+        pairs = axis_pairs(axis, q_tile, k_tile)
+        whole = pairs.some & pairs.every
+        assert count_tile_pairs(axis, q_tile, k_tile) == (int(pairs.some.sum()), int(whole.sum()))
+
+
+def test_tiles_are_chosen_for_a_dimension_longer_than_any_map():
+    shape, window = (2, 200_000), (2, 64)
+    q_tile, k_tile = best_tiles(grid_axes("test", shape, window, window))
+    assert simulate_speedup(shape, window, stride=window, q_tile=q_tile, k_tile=k_tile).perfect

@@ -38,6 +38,9 @@ from .compute import Attended, attend_pattern
 from .policy import PrefillPolicy
 from .prompt import Prompt
 
+_AT_ONCE = 1 << 22
+"""Places that are worked out at once."""
+
 
 class Grid(PrefillPolicy):
     """Options of ``grid``. Budgets are per head.
@@ -161,8 +164,9 @@ class Grid(PrefillPolicy):
         lines = torch.zeros(*mass.shape[:2], keys, dtype=torch.bool, device=mass.device)
         covered = lines.new_zeros(*mass.shape[:2], len(starts), keys) if self.slash else None
         for stride in sorted(set(self.strides)):
-            count = self.phases(stride)
-            share, total = count / stride, mass.sum(-1)
+            share, total = self.phases(stride) / stride, mass.sum(-1)
+            count = min(self.phases(stride), int(place[-1]) + 1)
+            stride = min(stride, int(place[-1]) + 1)  # all longer ones are alike
             gain, chosen = torch.zeros_like(best), lines.new_zeros(mass.shape)
             if self.vertical:
                 found = grid_phases(mass, place, stride, count)
@@ -260,10 +264,15 @@ def _slash_cover(phases: Tensor, order: Tensor, starts: Tensor, q_block: int, st
     before = torch.arange(len(order), device=order.device) < (starts + q_block).unsqueeze(-1)
     at = starts.unsqueeze(-1) + torch.arange(q_block, device=order.device)
     mine = torch.where(at < len(order), order[at.clamp(max=len(order) - 1)], -1)
-    # By residue of the key: is any query of the block a kept distance away?
-    distance = (mine.unsqueeze(-1) - torch.arange(stride, device=order.device)) % stride
-    hit = phases[..., distance] & (mine >= 0).unsqueeze(-1)
-    return hit.any(-2)[..., order.clamp(min=0) % stride] & (order >= 0) & before
+    # By residue of the key: is any query of the block a kept distance away? Text counts for a residue of its own.
+    far = phases.nonzero()[:, -1].view(*phases.shape[:-1], 1, 1, -1)
+    hit = phases.new_zeros(*phases.shape[:-1], len(starts), stride + 1)
+    step = max(1, _AT_ONCE // (far.numel() * q_block))
+    for first in range(0, len(starts), step):
+        some = mine[first : first + step].unsqueeze(-1)
+        residue = torch.where(some >= 0, (some - far) % stride, stride)
+        hit[..., first : first + step, :].scatter_(-1, residue.flatten(-2), True)
+    return hit[..., torch.where(order >= 0, order % stride, stride)] & (order >= 0) & before
 
 
 def _as_mask(lists: KeyLists, keys: int) -> Tensor:

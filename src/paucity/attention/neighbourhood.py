@@ -163,13 +163,12 @@ def _pattern(
     first = (num_keys - num_queries) // q_block
     starts = dropped + torch.arange(0, num_keys, k_block)
     rows, tiles = [], []
-    masks = [axis.mask() for axis in axes] if start is not None else []
     for block in range(first, -(-num_keys // q_block)):
         query = dropped + torch.arange(block * q_block, min(num_keys, (block + 1) * q_block))
         if start is None:
             near = starts + k_block > int(_oldest(axes[0], query).min())
         else:
-            near = _near(axes, masks[0], start, text_window, query, starts, k_block)
+            near = _near(axes, start, text_window, query, starts, k_block)
         near &= starts <= query[-1]
         key = (starts[near].unsqueeze(-1) + torch.arange(k_block)).flatten()
         later = key > query.unsqueeze(-1)
@@ -178,7 +177,7 @@ def _pattern(
                 (query.unsqueeze(-1) - key) % axes[0].dilation == 0
             )
         else:
-            seen = _in_text(axes, masks, start, text_window, query, key)
+            seen = _in_text(axes, start, text_window, query, key)
         # What causality hides anyway may be kept, so that fewer blocks are partial.
         shape = (len(query), -1, k_block)
         some = (seen & ~later).view(shape).any(2).any(0)
@@ -207,7 +206,6 @@ def _oldest(axis: Axis, query: Tensor) -> Tensor:
 
 def _near(
     axes: Sequence[Axis],
-    outer: Tensor,
     start: int,
     text_window: int | None,
     query: Tensor,
@@ -222,7 +220,7 @@ def _near(
     if len(grid) < len(query):
         near |= starts + k_block > (0 if text_window is None else int(query[0]) - text_window + 1)
     if len(grid):
-        frames = outer[(grid - start) // inner].any(0)
+        frames = axes[0].sees(torch.unique((grid - start) // inner)).any(0)
         before = torch.nn.functional.pad(frames.cumsum(0), (1, 0))
         low, high = ((edge - start).clamp(0, stop - start) for edge in (starts, starts + k_block))
         near |= before[-(-high // inner)] > before[low // inner]
@@ -230,17 +228,15 @@ def _near(
     return near
 
 
-def _in_text(
-    axes: Sequence[Axis], masks: Sequence[Tensor], start: int, text_window: int | None, query: Tensor, key: Tensor
-) -> Tensor:
+def _in_text(axes: Sequence[Axis], start: int, text_window: int | None, query: Tensor, key: Tensor) -> Tensor:
     """Who sees whom, causality left aside: bool ``[queries, keys]``."""
     total = math.prod(axis.length for axis in axes)
     seen = torch.ones(len(query), len(key), dtype=torch.bool)
     after = total
-    for axis, mask in zip(axes, masks, strict=True):
+    for axis in axes:
         after //= axis.length
         mine, theirs = ((at - start).clamp(0, total - 1) // after % axis.length for at in (query, key))
-        seen &= mask[mine][:, theirs]
+        seen &= axis.sees(mine, theirs)
     seen |= key < start
     outside = ((query < start) | (query >= start + total)).unsqueeze(-1)
     near = torch.ones((), dtype=torch.bool) if text_window is None else key > query.unsqueeze(-1) - text_window

@@ -39,7 +39,7 @@ CLAIMS: dict[str, Claim] = {
     "hip-beats-window": Claim(
         "hip_beats_window",
         "2406.09827",
-        "At equal cost HiP keeps retrieval and perplexity better than a window with sinks, and it overlooks no token.",
+        "At equal cost HiP keeps retrieval and perplexity better than a window with sinks, and overlooks few tokens.",
     ),
     "hip-scaling": Claim(
         "hip_scaling",

@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -177,10 +177,7 @@ def _passkeys(
     prompts = [build_prompt(tokenizer, TASKS["passkey"](rng), ids, length, rng) for _ in range(count)]
     found = {}
     for name, policy in policies.items():
-        applied = None if policy is None else apply(loaded.model, policy)
-        with evaluating(loaded.model):
+        with nullcontext() if policy is None else _applied(loaded, policy), evaluating(loaded.model):
             answers = [generate_answer(loaded.model, tokenizer, prompt) for prompt in prompts]
-        if applied is not None:
-            applied.remove()
         found[name] = sum(answer_score(a, p.answers) for a, p in zip(answers, prompts, strict=True)) / count
     return found

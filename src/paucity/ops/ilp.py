@@ -3,8 +3,12 @@
 Solved by HiGHS through `scipy.optimize.milp`. Costs of all parts add up, so do losses.
 """
 
+import ctypes
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -177,13 +181,14 @@ class _Programme:
             ends = [limit / float(self.unit[other]) for other, limit in limits.items()]
             constraints.append(LinearConstraint(sparse.csr_array(rows), -np.inf, np.asarray(ends)))
         rest = [AUGMENT * self._row(other) for other in range(len(self.losses)) if other != name]
-        found = milp(
-            sum(rest, self._row(name)),
-            integrality=np.ones(self.size + self.extra),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options=self.options,
-        )
+        with _stdout_untouched():
+            found = milp(
+                sum(rest, self._row(name)),
+                integrality=np.ones(self.size + self.extra),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options=self.options,
+            )
         if found.x is None:
             return None
         taken = torch.from_numpy(np.asarray(found.x[: self.size]))
@@ -197,3 +202,28 @@ class _Programme:
         row = (self.losses[name] / self.unit[name]).flatten().numpy()
         row = np.where(np.abs(row) < TINY, 0.0, row)  # the solver ignores them, and then finds its answer infeasible
         return np.concatenate([row, np.zeros(self.extra)])
+
+
+@contextmanager
+def _stdout_untouched() -> Iterator[None]:
+    """Send to stderr what C code prints meanwhile: HiGHS does, now and then, whatever its options, amid our JSON."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    _flush_c()
+    try:
+        saved = os.dup(1)
+    except OSError:  # closed: nothing can be printed amid
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        _flush_c()  # what waits in C's buffer would come out after all
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _flush_c() -> None:
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)

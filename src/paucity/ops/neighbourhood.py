@@ -59,10 +59,14 @@ class Axis:
 
     def mask(self) -> Tensor:
         """Who sees whom along the dimension: bool ``[length, length]``."""
-        place = torch.arange(self.length)
-        start, stop = (end.unsqueeze(-1) for end in self.bounds())
-        group, index = place % self.dilation, place // self.dilation
-        return (group.unsqueeze(-1) == group) & (start <= index) & (index < stop)
+        return self.sees(torch.arange(self.length))
+
+    def sees(self, place: Tensor, key: Tensor | None = None) -> Tensor:
+        """Whether the positions ``place`` ``[n]`` see those of ``key`` ``[m]``, by default all: bool ``[n, m]``."""
+        start, stop = (end[place].unsqueeze(-1) for end in self.bounds())
+        key = torch.arange(self.length) if key is None else key
+        group, index = key % self.dilation, key // self.dilation
+        return ((place % self.dilation).unsqueeze(-1) == group) & (start <= index) & (index < stop)
 
     def slots(self, tile: int) -> tuple[Tensor, Tensor]:
         """The dimension in tiles of ``tile`` positions of one dilation group each, the last of a group maybe short.
@@ -99,16 +103,9 @@ class AxisPairs:
 
 def axis_pairs(axis: Axis, q_tile: int, k_tile: int) -> AxisPairs:
     """What tiles of ``q_tile`` queries see of tiles of ``k_tile`` keys along one dimension."""
-    slot, position = axis.slots(k_tile)
-    place = torch.arange(axis.length)
-    base = slot - place // axis.dilation
-    q_slot, q_position = axis.slots(q_tile)
-    low, high = torch.zeros(2, len(q_position), dtype=torch.int64)
-    start, stop = axis.bounds()
-    low[q_slot], high[q_slot] = base + start, base + stop
-    low, high = low.view(-1, q_tile, 1), high.view(-1, q_tile, 1)
-    there = (q_position >= 0).view(-1, q_tile, 1)
-    begin = torch.arange(0, len(position), k_tile)
+    low, high, there, num_slots = _reach(axis, q_tile, k_tile)
+    low, high, there = low.unsqueeze(-1), high.unsqueeze(-1), there.unsqueeze(-1)
+    begin = torch.arange(0, num_slots, k_tile)
     some = (there & (low < begin + k_tile) & (high > begin)).any(1)
     every = (~there | ((low <= begin) & (high >= begin + k_tile))).all(1)
     i, j = some.nonzero(as_tuple=True)
@@ -118,6 +115,27 @@ def axis_pairs(axis: Axis, q_tile: int, k_tile: int) -> AxisPairs:
     kind[i, j] = kinds
     inside = torch.arange(k_tile)
     return AxisPairs(some, every, kind, (inside >= ends[:, :q_tile, None]) & (inside < ends[:, q_tile:, None]))
+
+
+def count_tile_pairs(axis: Axis, q_tile: int, k_tile: int) -> tuple[int, int]:
+    """Of the maps of `axis_pairs` how many entries are visible, and how many of them as a whole; no map is made."""
+    low, high, there, _ = _reach(axis, q_tile, k_tile)
+    # Neighbours in a tile see intervals that meet, for a stride is not longer than its window.
+    far = int(high.max())
+    some = -(-high.amax(1) // k_tile) - low.masked_fill(~there, far).amin(1) // k_tile
+    every = high.masked_fill(~there, far).amin(1) // k_tile + -low.amax(1) // k_tile
+    return int(some.sum()), int(every.clamp(min=0).sum())
+
+
+def _reach(axis: Axis, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """First slot of keys, and one after the last, of each query of each tile, which there are, and slots of keys."""
+    slot, position = axis.slots(k_tile)
+    base = slot - torch.arange(axis.length) // axis.dilation
+    q_slot, q_position = axis.slots(q_tile)
+    low, high = torch.zeros(2, len(q_position), dtype=torch.int64)
+    start, stop = axis.bounds()
+    low[q_slot], high[q_slot] = base + start, base + stop
+    return low.view(-1, q_tile), high.view(-1, q_tile), (q_position >= 0).view(-1, q_tile), len(position)
 
 
 @dataclass(frozen=True)

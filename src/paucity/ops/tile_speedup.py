@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..checks import check_int, fail
-from .neighbourhood import Axis, PerDim, axis_pairs, grid_axes
+from .neighbourhood import Axis, PerDim, count_tile_pairs, grid_axes
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def _speedup(axes: tuple[Axis, ...], q_tile: tuple[int, ...], k_tile: tuple[int,
 def _axis_counts(axis: Axis, q_tile: int, k_tile: int) -> tuple[int, int, int]:
     """Along a dimension: visible pairs, pairs of tiles visited, and those of them that are visible as a whole."""
     start, stop = axis.bounds()
-    pairs = axis_pairs(axis, q_tile, k_tile)
-    return int((stop - start).sum()), int(pairs.some.sum()), int((pairs.some & pairs.every).sum())
+    return int((stop - start).sum()), *count_tile_pairs(axis, q_tile, k_tile)
 
 
 @functools.lru_cache(maxsize=256)
