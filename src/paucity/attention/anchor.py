@@ -35,6 +35,7 @@ class Anchor(PrefillPolicy):
         step: blocks of queries that share their stripes.
     """
 
+    min_length: int = Field(2048, ge=0)
     theta: float = Field(12.0, allow_inf_nan=False)
     step: int = Field(16, ge=1)
 

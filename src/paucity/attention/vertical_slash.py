@@ -39,6 +39,7 @@ class VerticalSlash(PrefillPolicy):
         forced_slash: shortest distances that always stay.
     """
 
+    min_length: int = Field(512, ge=0)
     num_vertical: int = Field(1000, ge=1)
     num_slash: int = Field(6096, ge=1)
     vertical_share: float | None = Field(None, gt=0, le=1)
