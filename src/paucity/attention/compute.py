@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -74,6 +75,32 @@ def attend_pattern(
 def attend_exactly(query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> Attended:
     """Dense attention, that of the model; shapes as in `attend_pattern`."""
     return attend_pattern(query, key, value, Window(max(1, key.shape[2])), prompt)
+
+
+def rows_see_all(done: Attended, lines: Tensor, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> Attended:
+    """Replace what queries on lines, bool ``[B, H, Tq]``, made by attention over all keys that they may see."""
+    (batch, heads, queries, dim), keys, block = query.shape, key.shape[2], 64
+    rows = KeyLists.from_mask(lines.unsqueeze(2), q_block=1).positions.squeeze(2).long()
+    at = torch.where(rows >= 0, rows + keys - queries, -1)
+    chosen = query.gather(2, rows.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, dim))
+    tall = pad(at, (0, -at.shape[-1] % block), value=-1).view(batch, heads, -1, block)
+    oldest = torch.zeros_like(tall) if prompt.window is None else tall - prompt.window + 1
+    low = torch.arange(0, keys, block, device=key.device)
+    high = (low + block).clamp(max=keys) - 1
+    newest, earliest = tall.amax(-1, keepdim=True), oldest.amin(-1, keepdim=True)
+    some = (low <= newest) & (high >= earliest) & (newest >= 0)
+    every = (tall.amin(-1, keepdim=True) >= high) & (oldest.amax(-1, keepdim=True) <= low)
+    b, h, i, j = (some & ~every).nonzero(as_tuple=True)
+    key_at = (low[j].unsqueeze(-1) + torch.arange(block, device=key.device)).unsqueeze(1)
+    elements = (key_at <= tall[b, h, i].unsqueeze(-1)) & (key_at >= oldest[b, h, i].unsqueeze(-1))
+    partial = torch.full_like(some, -1, dtype=torch.int32)
+    partial[b, h, i, j] = torch.arange(len(b), dtype=torch.int32, device=key.device)
+    pattern = BlockMask(some, block, block, rows.shape[-1], keys, partial, elements)
+    whole = sparse_attention(chosen, key, value, pattern, scale=prompt.scale, softcap=prompt.softcap, causal=False)
+    b, h, n = (rows >= 0).nonzero(as_tuple=True)
+    out = done.out.index_put((b, h, rows[b, h, n]), whole[b, h, n])
+    seen = (at + 1 if prompt.window is None else (at + 1).clamp(max=prompt.window)) * (rows >= 0)
+    return Attended(out, done.kept + seen.sum(-1), None, done.select_seconds)
 
 
 def even_groups(heads: Sequence[int], share: int) -> list[tuple[list[int], list[int]]]:

@@ -121,7 +121,7 @@ class DualChunk(PrefillPolicy):
             end = min(keys, (begin // self.prefill_chunk + 1) * self.prefill_chunk)
             mine, seen = query[:, :, begin - keys + queries : end - keys + queries], key[:, :, :end]
             scores = line_scores(mine, self._continuous(seen, prompt), prompt, num_last=self.sparse.num_last_queries)
-            vertical, slash = self._lines(self.sparse, *scores, self._factors(query, prompt))
+            vertical, slash = self._lines(self.sparse, *scores, self._factors(query, prompt), prompt.dropped)
             pieces.append(line_lists(vertical, slash, num_queries=end - begin, q_block=self.q_block))
             begin = end
         return _joined(pieces)
@@ -210,7 +210,7 @@ class DualChunk(PrefillPolicy):
 
     @staticmethod
     def _lines(
-        sparse: VerticalSlash, vertical: Tensor, slash: Tensor, factors: Sequence[float]
+        sparse: VerticalSlash, vertical: Tensor, slash: Tensor, factors: Sequence[float], dropped: int
     ) -> tuple[Tensor, Tensor]:
         """The lines kept ``[B, H, Tk]`` each, heads of one factor together."""
         kept = torch.zeros_like(vertical, dtype=torch.bool), torch.zeros_like(slash, dtype=torch.bool)
@@ -222,9 +222,9 @@ class DualChunk(PrefillPolicy):
                 if (share := getattr(sparse, name)) is not None
             }
             counts = {name: max(1, round(getattr(sparse, name) * factor)) for name in ("num_vertical", "num_slash")}
-            for whole, mine in zip(
-                kept, sparse.model_copy(update=counts | shares).lines(vertical[:, heads], slash[:, heads]), strict=True
-            ):
+            scaled = sparse.model_copy(update=counts | shares)
+            found = scaled.lines(vertical[:, heads], slash[:, heads], dropped=dropped)
+            for whole, mine in zip(kept, found, strict=True):
                 whole[:, heads] = mine
         return kept
 

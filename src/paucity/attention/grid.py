@@ -30,11 +30,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..checks import check_int, fail
-from ..kernels.attention import sparse_attention
-from ..ops.formats.block import BlockMask
 from ..ops.formats.stripes import KeyLists
 from ..ops.select import num_kept, topk_mask
-from .compute import Attended, attend_pattern
+from .compute import Attended, attend_pattern, rows_see_all
 from .policy import PrefillPolicy
 from .prompt import Prompt
 
@@ -110,7 +108,7 @@ class Grid(PrefillPolicy):
         done = attend_pattern(query, key, value, pattern, prompt, select_seconds=seconds)
         if not self.horizontal or not bool(lines.any()):
             return done
-        return _rows_see_all(done, lines, query, key, value, prompt)
+        return rows_see_all(done, lines, query, key, value, prompt)
 
     def _choose(self, query: Tensor, key: Tensor, prompt: Prompt) -> tuple[KeyLists, Tensor]:
         """Keys of every block, and which queries are on lines: bool ``[B, H, Tq]``."""
@@ -279,29 +277,3 @@ def _as_mask(lists: KeyLists, keys: int) -> Tensor:
     """Bool ``[B, H, blocks, Tk]``."""
     mask = torch.zeros(*lists.counts.shape, keys + 1, dtype=torch.bool, device=lists.positions.device)
     return mask.scatter_(-1, lists.positions.long() % (keys + 1), True)[..., :keys]
-
-
-def _rows_see_all(done: Attended, lines: Tensor, query: Tensor, key: Tensor, value: Tensor, prompt: Prompt) -> Attended:
-    """Replace what queries on lines, bool ``[B, H, Tq]``, made by attention over all keys that they may see."""
-    (batch, heads, queries, dim), keys, block = query.shape, key.shape[2], 64
-    rows = KeyLists.from_mask(lines.unsqueeze(2), q_block=1).positions.squeeze(2).long()
-    at = torch.where(rows >= 0, rows + keys - queries, -1)
-    chosen = query.gather(2, rows.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, dim))
-    tall = torch.nn.functional.pad(at, (0, -at.shape[-1] % block), value=-1).view(batch, heads, -1, block)
-    oldest = torch.zeros_like(tall) if prompt.window is None else tall - prompt.window + 1
-    low = torch.arange(0, keys, block, device=key.device)
-    high = (low + block).clamp(max=keys) - 1
-    newest, earliest = tall.amax(-1, keepdim=True), oldest.amin(-1, keepdim=True)
-    some = (low <= newest) & (high >= earliest) & (newest >= 0)
-    every = (tall.amin(-1, keepdim=True) >= high) & (oldest.amax(-1, keepdim=True) <= low)
-    b, h, i, j = (some & ~every).nonzero(as_tuple=True)
-    key_at = (low[j].unsqueeze(-1) + torch.arange(block, device=key.device)).unsqueeze(1)
-    elements = (key_at <= tall[b, h, i].unsqueeze(-1)) & (key_at >= oldest[b, h, i].unsqueeze(-1))
-    partial = torch.full_like(some, -1, dtype=torch.int32)
-    partial[b, h, i, j] = torch.arange(len(b), dtype=torch.int32, device=key.device)
-    pattern = BlockMask(some, block, block, rows.shape[-1], keys, partial, elements)
-    whole = sparse_attention(chosen, key, value, pattern, scale=prompt.scale, softcap=prompt.softcap, causal=False)
-    b, h, n = (rows >= 0).nonzero(as_tuple=True)
-    out = done.out.index_put((b, h, rows[b, h, n]), whole[b, h, n])
-    seen = (at + 1 if prompt.window is None else (at + 1).clamp(max=prompt.window)) * (rows >= 0)
-    return Attended(out, done.kept + seen.sum(-1), None, done.select_seconds)

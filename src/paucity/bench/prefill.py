@@ -120,7 +120,7 @@ def attention_part(seen: Sequence[Observed], policies: Mapping[str, PrefillPolic
 def keep_answering(loaded: Loaded, policies: Mapping[str, PrefillPolicy], most: int) -> list[str]:
     """The first ``most`` policies with which passkey prompts are answered `KEPT` as well as without, at each length.
 
-    The answer stands at the end of the prompt and is read with it: further tokens, which are dense, would find it alone.
+    The answer is read with the prompt: further tokens, which are dense, would find it whatever the prompt had read.
     """
     tokenizer, text = loaded.need_tokenizer("bench"), held_out_python()
     ask = partial(
