@@ -47,8 +47,8 @@ def decode_attention(
         pages: ``[B or 1, Hkv or 1, n]`` int32 or int64: the pages that the queries of a KV head read, in any order and
             without repeats (a page listed twice counts twice); -1 is none. None is every page.
         page_size: page ``p`` is the keys ``p * page_size`` to ``(p + 1) * page_size - 1``; 1 lists single keys.
-        lengths: ``[B]`` or ``[B, Hkv]`` int32 or int64, keys that count in each row or for each KV head, all by default.
-        starts: ``[B]`` or ``[B, Hkv]`` int32 or int64, the place in the cache of the first key that counts, 0 by default;
+        lengths: ``[B]`` or ``[B, Hkv]`` int32 or int64, keys that count in a row or for a KV head, all by default.
+        starts: ``[B]`` or ``[B, Hkv]`` int32 or int64, the place of the first key that counts, 0 by default;
             positions, pages and lengths count from there. So lists of any length can share one buffer ``[N, D]``,
             expanded to ``[B, Hkv, N, D]``, and rows with padding before their text have pages of their own.
         padding: ``[B, Tk]`` bool, False where a key is padding.

@@ -30,8 +30,8 @@ _attend = native.function("decode_attention", *[Pointer] * 10)
 def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor, int]:
     """``(out [B, H, Tq, Dv], lse [B, H, Tq] float32, code)``.
 
-    The code is 0, or ``PAGE``, ``LENGTH`` or ``START`` where a number is out of range; then no key was read and the rest is
-    worthless. A cache is read where it lies as long as the last of its strides is 1.
+    The code is 0, or ``PAGE``, ``LENGTH`` or ``START`` where a number is out of range; then no key was read and the
+    rest is worthless. A cache is read where it lies as long as the last of its strides is 1.
     """
     batch, heads, queries, dim = query.shape
     _, kv_heads, keys, value_dim = value.shape
