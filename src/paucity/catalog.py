@@ -46,7 +46,7 @@ class Method:
 
 # fmt: off
 METHODS: dict[str, Method] = {
-    "anchor": Method("attention.anchor:Anchor", family="attention", paper="2505.23520", title="AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity", ops=("pool_blocks", "sparse_attention"), claims=("anchor-higher-recall",)),
+    "anchor": Method("attention.anchor:Anchor", family="attention", paper="2505.23520", title="AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity", ops=("pool_blocks", "grouped_products", "sparse_attention"), claims=("anchor-higher-recall",)),
     "block_sparse": Method("attention.block_sparse:BlockSparse", family="attention", paper="2205.14135", title="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", ops=("text_mask", "sparse_attention")),
     "block_topk": Method("attention.block_topk:BlockTopK", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("pool_blocks", "grouped_products", "topk_mask", "sparse_attention")),
     "cats": Method("activations.cats:cats_mask", family="activations", paper="2404.08763", title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models", ops=("threshold_mask",)),
@@ -54,7 +54,7 @@ METHODS: dict[str, Method] = {
     "dual_chunk": Method("attention.dual_chunk:DualChunk", family="attention", paper="2501.15383", title="Qwen2.5-1M Technical Report", ops=("topk_indices", "sparse_attention", "merge_attention"), claims=("dual-chunk-extrapolates",)),
     "flash": Method("attention.flash:Flash", family="attention", paper="2205.14135", title="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", ops=("sparse_attention",)),
     "flexprefill": Method("attention.flexprefill:FlexPrefill", family="attention", paper="2502.20766", title="FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference", ops=("pool_blocks", "grouped_products", "cover_mask", "topk_mask", "sparse_attention")),
-    "grid": Method("attention.grid:Grid", family="attention", paper="2504.16083", title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation Sparse Attention", ops=("topk_mask", "sparse_attention")),
+    "grid": Method("attention.grid:Grid", family="attention", paper="2504.16083", title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation Sparse Attention", ops=("grouped_products", "topk_mask", "sparse_attention")),
     "hierarchical": Method("attention.hierarchical:Hierarchical", family="attention", paper="2406.09827", title="A Training-Free Sub-Quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention", ops=("tree_select", "sparse_attention"), claims=("hip-beats-window", "hip-scaling")),
     "hyper": Method("attention.hyper:Hyper", family="attention", paper="2310.05869", title="HyperAttention: Long-context Attention in Near-Linear Time", ops=("hyperplane_codes", "gray_rank", "sparse_attention", "merge_attention"), claims=("hyper-scaling",)),
     "longgen": Method("attention.longgen:LongGen", family="attention", paper="2410.01485", title="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts", ops=("num_kept", "sparse_attention"), claims=("longgen-hybrid",)),

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..checks import InputError
+from ..ops.blocks import soft_capped
 from ..ops.formats.stripes import Window, causal_mask
 from .prompt import Prompt
 from .rotary import Rotary
@@ -247,7 +248,7 @@ def _dense(
         return out  # type: ignore[no-any-return]
     batch, heads, queries, dim = query.shape
     score = (query.reshape(batch, key.shape[1], -1, dim) @ key.mT).view(batch, heads, queries, -1) * scale
-    score = torch.tanh(score / softcap) * softcap
+    score = soft_capped(score, softcap)
     if mask is None and causal:
         mask = causal_mask(queries, key.shape[2], device=key.device)
     if mask is not None:

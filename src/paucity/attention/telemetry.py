@@ -137,9 +137,3 @@ def _picture(query: Tensor, key: Tensor, part: Part, prompt: Prompt, cells: int)
             narrow = count.new_zeros(*count.shape[:-1], whole.shape[-1]).index_add_(-1, columns, count)
             whole.index_add_(-2, at, narrow)
     return torch.where(total > 0, kept / total, torch.nan)
-
-
-def mean_recall(seen: list[LayerTelemetry]) -> float | None:
-    """The mean recall over layers and heads, None where no layer tells it."""
-    known = [entry.recall for entry in seen if entry.recall is not None]
-    return float(torch.cat(known).mean()) if known else None
