@@ -1,19 +1,19 @@
 """Claim: in test-time scaling reading keys and values costs more than the parameters do, most of all in small models.
 
-Paper: Sadhukhan et al. 2025 (Kinetics), https://arxiv.org/abs/2506.05333: from 4,096 generated tokens on, attention costs
-10 to 1000 times what the parameters do (``Phi``, at 562.5 operations a byte, an NVIDIA B200); Qwen3-0.6B needs 3.5 GB of
-keys and values for 32k tokens and Qwen3-32B only 8 GB; twice the parameters make them 1.2 times as large; so the laws
-that count operations alone overestimate small models.
+Paper: Sadhukhan et al. 2025 (Kinetics), https://arxiv.org/abs/2506.05333: from 4,096 generated tokens on, attention
+can cost 10 to 1000 times what the parameters do (``Phi``, at 562.5 operations a byte, an NVIDIA B200); Qwen3-0.6B needs
+3.5 GB of keys and values for 32k tokens and Qwen3-32B only 8 GB; twice the parameters make them 1.2 times as large; so
+the laws that count operations alone overestimate small models.
 
 Counted here from the published sizes of Qwen3, with matrices alone as parameters, and timed on this machine: decode
 steps of two random Llamas that keep as much of a token and differ in their matrices, at growing contexts, cache read
 once and not copied (`measure.dense`). The attention's share of a step is what it takes beyond the same step with one
 cached token; the predicted share is that of the cost model with the machine measured in the same rounds.
 
-Holds when ``Phi`` exceeds 1 at 4,096 and 10 at 32,768 tokens for every Qwen3; doubled parameters make the cache less than
-1.5 times as large; counting memory at least halves the advantage of the smallest over the largest; and, timed, the share
-grows with the context, passes one half in both Llamas, and is larger in the smaller one. Differences: the machine here
-does some 15 operations a byte, not 562, so that its weights count, which the paper leaves out; no accuracy is measured.
+Holds when ``Phi`` exceeds 1 at 4,096 and 10 at 32,768 tokens for every Qwen3; doubled parameters make the cache less
+than 1.5 times as large; counting memory at least halves the advantage of the smallest over the largest; and, timed, the
+share grows with the context, passes one half in both Llamas, and is larger in the smaller one. Differences: a CPU does
+some 15 operations a byte, not 562, so that its weights count, which the paper leaves out; no accuracy is measured.
 """
 
 import itertools
@@ -117,7 +117,6 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     }
     shapes = {name: shape_of(model.config, name=name) for name, model in models.items()}
     probes, best = Probes(("bfloat16",)), dict[tuple[str, int], float]()
-    # One cache of the longest context at a time would do; all together take turns, and fit.
     steps = {(name, n): decode_step(model, n, batch=BATCH) for name, model in models.items() for n in (1, *contexts)}
     for turn in range(rounds + 1):
         probes.round()

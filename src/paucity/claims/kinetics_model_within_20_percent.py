@@ -1,8 +1,8 @@
 """Claim: the cost model tells the seconds of decode steps and prefills to within 20 % at the median.
 
 Paper: Sadhukhan et al. 2025 (Kinetics), https://arxiv.org/abs/2506.05333, whose cost model counts operations and bytes
-and is not held against a clock there; ``paucity.kinetics`` turns the same counts into seconds on a measured machine, and
-this is the check of it.
+and is not held against a clock there; ``paucity.kinetics`` turns the same counts into seconds on a measured machine,
+and this is the check of it.
 
 Random Llamas in bfloat16 are timed through transformers: decode steps with the cache read once and not copied
 (`measure.dense`), prefills with SDPA and a new `DynamicCache`. The machine is measured in the same rounds, at other
@@ -74,7 +74,7 @@ def cases(models: dict[str, nn.Module], seed: int) -> list[Case]:
             step = decode_step(model, tokens, batch=batch)
             found.append(Case(name, "decode", tokens, batch, shape, decode(shape, tokens, batch=batch), step))
         for tokens, batch in PREFILLS:
-            ids = torch.randint(model.config.vocab_size, (batch, tokens), generator=generator)
+            ids = torch.randint(COMMON["vocab_size"], (batch, tokens), generator=generator)
             call = partial(run_prefill, model, ids)
             found.append(Case(name, "prefill", tokens, batch, shape, prefill(shape, tokens, batch=batch), call))
     return found
