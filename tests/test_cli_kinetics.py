@@ -7,13 +7,7 @@ from typer.testing import CliRunner
 
 from paucity.checks import InputError
 from paucity.cli import app
-from paucity.measure import probes
 from paucity.measure.machine import Machine, Rates
-
-SMALL = {
-    "_STREAM": 1024, "_MATRIX": 16, "_MATRICES": 3, "_ROWS": (1, 64), "_LENGTHS": (16,), "_KEYS": 64, "_NEAR": 32,
-    "_GROUPS": (1,), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2),
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -50,9 +44,7 @@ def test_json(saved):
     assert found["machine"] == Machine.load(saved).model_dump(mode="json")
 
 
-def test_the_machine_is_measured_printed_and_saved(monkeypatch, tmp_path):
-    for name, value in SMALL.items():
-        monkeypatch.setattr(probes, name, value)
+def test_the_machine_is_measured_printed_and_saved(small_probes, tmp_path):
     target = tmp_path / "machine.json"
     result = run("info", "--measure", "--out", str(target))
     assert result.exit_code == 0, result.output

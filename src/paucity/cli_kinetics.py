@@ -106,8 +106,8 @@ def machine_table(machine: "Machine") -> Table:
     for group in rates[0].decode_flops:
         row(f"decoding, {group} heads to a key, GFLOP/s", [rate.decode_flops[group] for rate in rates], 1e9)
     row("norms and activations, GB/s", [rate.moved_bytes for rate in rates], 1e9)
-    row("an empty layer, microseconds", [rate.layer_seconds for rate in rates], 1e-6)
-    row("an empty model, microseconds", [rate.forward_seconds for rate in rates], 1e-6)
+    row("a layer besides its products, microseconds", [rate.layer_seconds for rate in rates], 1e-6)
+    row("a model besides its layers, microseconds", [rate.forward_seconds for rate in rates], 1e-6)
     row("FLOP a byte", [machine.intensity(dtype) for dtype in machine.rates], 1)
     return table
 

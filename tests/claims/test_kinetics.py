@@ -3,7 +3,6 @@
 import pytest
 
 from paucity.claims import CLAIMS, kinetics_attention_dominates, kinetics_model_within_20_percent
-from paucity.measure import probes
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -11,14 +10,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    sizes = {"_STREAM": 1024, "_MATRIX": 16, "_MATRICES": 3, "_ROWS": (1, 64), "_LENGTHS": (16,), "_KEYS": 64}
-    for name, value in (sizes | {"_NEAR": 32, "_GROUPS": (1,), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2)}).items():
-        monkeypatch.setattr(probes, name, value)
-
-
-def test_the_model_is_held_against_the_clock(monkeypatch):
+def test_the_model_is_held_against_the_clock(small_probes, monkeypatch):
     module = kinetics_model_within_20_percent
     monkeypatch.setattr(module, "LLAMAS", {"50M": TINY})
     monkeypatch.setattr(module, "COMMON", {"head_dim": 8, "vocab_size": 64})
@@ -36,7 +28,7 @@ def test_the_model_is_held_against_the_clock(monkeypatch):
     assert result.measured["worst_error"] == max(abs(row["error"]) for row in rows)
 
 
-def test_attention_is_counted_and_timed(monkeypatch):
+def test_attention_is_counted_and_timed(small_probes, monkeypatch):
     module = kinetics_attention_dominates
     monkeypatch.setattr(module, "LLAMAS", {"small": {}, "large": {}})
     monkeypatch.setattr(module, "COMMON", TINY | {"vocab_size": 64})

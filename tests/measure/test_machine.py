@@ -5,23 +5,11 @@ import json
 import pytest
 
 from paucity.checks import InputError
-from paucity.measure import probes
 from paucity.measure.machine import Machine, interpolate
 from paucity.measure.probes import Probes, measure_machine
 
-SMALL = {
-    "_STREAM": 1024, "_MATRIX": 16, "_MATRICES": 3, "_ROWS": (1, 4, 64), "_LENGTHS": (16, 32), "_KEYS": 64,
-    "_NEAR": 32, "_GROUPS": (1, 4), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2),
-}  # fmt: skip
 
-
-@pytest.fixture
-def small(monkeypatch):
-    for name, value in SMALL.items():
-        monkeypatch.setattr(probes, name, value)
-
-
-def test_every_rate_is_there_and_survives_saving(small, tmp_path):
+def test_every_rate_is_there_and_survives_saving(small_probes, tmp_path):
     rounds = []
     machine = measure_machine(("bfloat16", "float32"), rounds=2, on_progress=lambda *done: rounds.append(done))
     assert rounds == [(1, 2), (2, 2)]
@@ -33,9 +21,12 @@ def test_every_rate_is_there_and_survives_saving(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
 
 
-def test_rates_are_work_over_seconds(small):
+def test_rates_are_work_over_seconds(small_probes):
     taken = Probes(("float32",))
-    taken.seconds = dict.fromkeys(taken.calls, 2.0) | {("float32", "decode call"): 0.5, ("float32", "layers 2"): 3.0}
+    taken.seconds = dict.fromkeys(taken.calls, 2.0) | {("float32", "decode call"): 0.5}
+    elements = 16 * (2 * 16 + 2 * 8 + 3 * 24)
+    layer = 0.25 + 2 * elements / (2 * 256 * 3 / 2)
+    taken.seconds |= {("float32", "layers 1"): layer + 0.125, ("float32", "layers 2"): 2 * layer + 0.125}
     machine = taken.machine()
     rates = machine.of("float32")
     assert machine.bandwidth == 4 * 1024 / 2
@@ -43,11 +34,11 @@ def test_rates_are_work_over_seconds(small):
     assert rates.prefill_attention[16] == 4 * 4 * 64 * (16 * 17 / 2) / 2
     assert rates.decode_bytes == 2 * 8 * 128 * 64 * 4 / 1.5
     assert rates.decode_flops[4] == 4 * 8 * 128 * 32 / 1.5
-    assert rates.layer_seconds == 1.0
-    assert rates.forward_seconds == 1.0
+    assert rates.layer_seconds == pytest.approx(0.25)
+    assert rates.forward_seconds == pytest.approx(0.125)
 
 
-def test_a_round_keeps_the_shortest(small):
+def test_a_round_keeps_the_shortest(small_probes):
     taken = Probes(("float32",))
     taken.round()
     first = dict(taken.seconds)

@@ -6,7 +6,7 @@ machine's operations a byte ``I`` (562.5 for an NVIDIA B200). Attention against 
 
 Seconds are a sum of stages, since an eager program runs one operator after another; each stage is as long as its
 arithmetic or its bytes take, whichever is longer, at rates measured for that kind of operator and number of rows
-(`measure.machine.Rates`). To them come the calls: what every layer costs before there is anything to compute. On a GPU
+(`measure.machine.Rates`). To them come the calls: what a layer of a small model takes besides its products. On a GPU
 calls run ahead of the work, and the longer of both counts (no GPU has been tried). Described is transformers' own model
 code in eager mode with `measure.dense` for its cache and its single queries; `DynamicCache`, which copies the cache on
 every step, is slower. A model whose weights fit in the processor's caches is faster than predicted; layers with a
@@ -36,7 +36,7 @@ class Seconds:
         attention: keys and values.
         search: the choice of keys.
         moved: norms, rotations, activations.
-        calls: what is left when there is nothing to compute.
+        calls: what layers take besides.
         overlap: whether calls run beside the work instead of before it.
     """
 

@@ -38,8 +38,9 @@ class Rates(BaseModel):
         decode_flops: FLOP/s of single queries whose keys lie in the processor's caches, by the heads that share a key.
         listed_bytes: bytes a second of keys and values on listed pages of 16, of a long cache.
         moved_bytes: bytes a second that operators between the products read and write.
-        layer_seconds: of one layer of a decoder run through transformers, with next to nothing to compute.
-        forward_seconds: of what a forward pass does besides its layers, again with nothing to compute.
+        layer_seconds: of one layer of a decoder run through transformers, besides its products: calls, whose code and
+            data the weights have driven out of the processor's caches, and threads that wake up.
+        forward_seconds: of what a forward pass does besides its layers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

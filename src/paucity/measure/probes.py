@@ -24,12 +24,13 @@ _LENGTHS = (256, 1024, 4096)
 _KEYS, _PAGE, _LISTED = 16384, 16, 0.1
 _NEAR, _GROUPS = 8192, (1, 2, 4, 8, 16, 32)
 _TOKENS, _WIDTH = 2048, 1024
-_LAYERS = (2, 10)
-_EMPTY = {  # so small that only its calls take time
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+_LAYERS = (4, 16)
+_LLAMA = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
     "vocab_size": 64,
 }
 _CALLS = 100
@@ -123,10 +124,12 @@ class Probes:
             """Seconds that were not the call."""
             return max(seconds[name] - call, seconds[name] / 2)
 
+        products = {rows: 2 * rows * _MATRIX**2 * _matrices(rows) / seconds[f"rows {rows}"] for rows in _ROWS}
         few, many = _LAYERS
-        layer = max(0.0, (seconds[f"layers {many}"] - seconds[f"layers {few}"]) / (many - few))
+        layer = (seconds[f"layers {many}"] - seconds[f"layers {few}"]) / (many - few)
+        beside = max(0.0, layer - 2 * _layer_elements() / products[min(products)])
         return Rates(
-            products={rows: 2 * rows * _MATRIX**2 * _matrices(rows) / seconds[f"rows {rows}"] for rows in _ROWS},
+            products=products,
             prefill_attention={
                 length: 2 * 4 * 64 * length * (length + 1) / seconds[f"length {length}"] for length in _LENGTHS
             },
@@ -134,13 +137,19 @@ class Probes:
             decode_flops={group: 4 * 2 * group * 128 * _NEAR / beyond(f"group {group}") for group in _GROUPS},
             listed_bytes=2 * 8 * 128 * _listed() * _PAGE * item / beyond("listed"),
             moved_bytes=_TOKENS * _WIDTH * (norm_bytes(item) + 3 * item) / seconds["moved"],
-            layer_seconds=layer,
+            layer_seconds=beside,
             forward_seconds=max(0.0, seconds[f"layers {few}"] - few * layer),
         )
 
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _layer_elements() -> int:
+    """Of the matrices of one layer of the Llama that is timed."""
+    hidden, heads = _LLAMA["hidden_size"], _LLAMA["num_attention_heads"] + _LLAMA["num_key_value_heads"]
+    return hidden * (2 * heads * _LLAMA["head_dim"] + 3 * _LLAMA["intermediate_size"])
 
 
 def _matrices(rows: int) -> int:
@@ -177,7 +186,7 @@ def _calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
         calls[f"group {group}"] = partial(decode_attention, draw(1, 2 * group, 1, 128), *near)
     calls["moved"] = partial(_norm, draw(_TOKENS, _WIDTH), draw(_WIDTH))
     for layers in _LAYERS:
-        model = random_llama(dtype, context=64, num_hidden_layers=layers, **_EMPTY).to(device)
+        model = random_llama(dtype, context=64, num_hidden_layers=layers, **_LLAMA).to(device)
         calls[f"layers {layers}"] = decode_step(model, 16)
     return calls
 
