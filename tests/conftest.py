@@ -176,6 +176,6 @@ def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     llama = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = {"_STREAM": 1024, "_MATRIX": 16, "_MATRICES": 3, "_ROWS": (1, 4, 64), "_LENGTHS": (16, 32), "_KEYS": 64}
-    sizes |= {"_NEAR": 32, "_GROUPS": (1, 4), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2)}
+    sizes |= {"_GROUPS": (1, 4), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2)}
     for name, value in (sizes | {"_LLAMA": llama | {"head_dim": 8, "vocab_size": 64}}).items():
         monkeypatch.setattr(probes, name, value)

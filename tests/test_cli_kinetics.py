@@ -13,7 +13,7 @@ from paucity.measure.machine import Machine, Rates
 @pytest.fixture
 def saved(tmp_path):
     rates = Rates(
-        products={1: 2e10, 1024: 4e11}, prefill_attention={1024: 1e11}, decode_bytes=2e10, decode_flops={1: 1e11},
+        products={1: 2e10, 1024: 4e11}, prefill_attention={1024: 1e11}, decode_bytes={1: 2e10},
         listed_bytes=2e10, moved_bytes=1e11, layer_seconds=1e-4, forward_seconds=1e-4,
     )  # fmt: skip
     machine = Machine(name="x", device="cpu", threads=2, bandwidth=3e10, call_seconds=1e-6, rates={"bfloat16": rates})

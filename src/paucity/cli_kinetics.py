@@ -101,10 +101,11 @@ def machine_table(machine: "Machine") -> Table:
         row(f"products of {rows} rows, GFLOP/s", [rate.products[rows] for rate in rates], 1e9)
     for length in rates[0].prefill_attention:
         row(f"causal attention of {length} tokens, GFLOP/s", [rate.prefill_attention[length] for rate in rates], 1e9)
-    row("decoding reads its cache, GB/s", [rate.decode_bytes for rate in rates], 1e9)
     row("decoding reads listed pages, GB/s", [rate.listed_bytes for rate in rates], 1e9)
-    for group in rates[0].decode_flops:
-        row(f"decoding, {group} heads to a key, GFLOP/s", [rate.decode_flops[group] for rate in rates], 1e9)
+    for group in rates[0].decode_bytes:
+        row(
+            f"decoding reads its cache, {group} heads to a key, GB/s", [rate.decode_bytes[group] for rate in rates], 1e9
+        )
     row("norms and activations, GB/s", [rate.moved_bytes for rate in rates], 1e9)
     row("a layer besides its products, microseconds", [rate.layer_seconds for rate in rates], 1e-6)
     row("a model besides its layers, microseconds", [rate.forward_seconds for rate in rates], 1e-6)

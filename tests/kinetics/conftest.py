@@ -21,8 +21,7 @@ def machine():
     rates = Rates(
         products={1: 10.0, 100: 1000.0},
         prefill_attention={1: 50.0, 100: 50.0},
-        decode_bytes=80.0,
-        decode_flops={1: 1e9},
+        decode_bytes={1: 80.0, 2: 80.0, 8: 20.0},
         listed_bytes=40.0,
         moved_bytes=20.0,
         layer_seconds=0.5,

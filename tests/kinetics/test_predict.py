@@ -29,10 +29,17 @@ def test_a_sparse_step_by_hand(shape, machine):
     read = (100 + 5 + 100) / 10 * 2 * 2 * 2
     products = (100 + 5 + 100) / 10 * 2 * 4 * 2
     assert found.search == pytest.approx(max(read / 100, products / 1000) + 3 * 8 * 0.125)
-    slow = machine.model_copy(
-        update={"rates": {"bfloat16": machine.of("bfloat16").model_copy(update={"decode_flops": {1: 1.0}})}}
-    )
-    assert predict(shape, decode(shape, 9), slow).attention == pytest.approx(25 * 2 * 4 * 5)
+
+
+def test_many_queries_to_a_key_are_bound_by_arithmetic(shape, machine):
+    one = predict(shape, decode(shape, 9), machine).attention
+    eight = dataclasses.replace(shape, heads=16)
+    assert predict(eight, decode(eight, 9), machine).attention == pytest.approx(4 * one)
+    sixteen = dataclasses.replace(shape, heads=32)  # beyond what was measured arithmetic grows in proportion
+    assert predict(sixteen, decode(sixteen, 9), machine).attention == pytest.approx(8 * one)
+    together = predict(shape, decode(shape, 10**4, trials=4), machine).attention  # one reading for four trials
+    apart = predict(shape, decode(shape, 10**4, trials=4, shared_prompt=False), machine).attention
+    assert together == pytest.approx(apart, rel=1e-2)
 
 
 def test_calls_run_beside_the_work_of_a_gpu(shape, machine):

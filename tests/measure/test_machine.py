@@ -32,8 +32,7 @@ def test_rates_are_work_over_seconds(small_probes):
     assert machine.bandwidth == 4 * 1024 / 2
     assert rates.products == {1: 2 * 256 * 3 / 2, 4: 2 * 4 * 256 * 3 / 2, 64: 2 * 64 * 256 * 2 / 2}
     assert rates.prefill_attention[16] == 4 * 4 * 64 * (16 * 17 / 2) / 2
-    assert rates.decode_bytes == 2 * 8 * 128 * 64 * 4 / 1.5
-    assert rates.decode_flops[4] == 4 * 8 * 128 * 32 / 1.5
+    assert rates.decode_bytes == {1: 2 * 8 * 128 * 64 * 4 / 1.5, 4: 2 * 8 * 128 * 64 * 4 / 1.5}
     assert rates.layer_seconds == pytest.approx(0.25)
     assert rates.forward_seconds == pytest.approx(0.125)
 

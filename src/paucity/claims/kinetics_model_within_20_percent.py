@@ -49,7 +49,7 @@ LLAMAS: dict[str, dict[str, int]] = {
 DECODES = ((600, 1), (6000, 1), (24000, 1), (1500, 3), (6000, 6))  # context, batch
 PREFILLS = ((400, 1), (1500, 1), (300, 3))  # tokens, batch
 QUICK = ("50M", "120M")
-ROUNDS, QUICK_ROUNDS = 7, 4
+ROUNDS, QUICK_ROUNDS = 5, 3
 LIMIT = 0.2
 
 

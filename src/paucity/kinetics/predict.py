@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..checks import check_range
-from ..measure.machine import Machine, interpolate
+from ..measure.machine import Machine, Rates, interpolate
 from .reading import Reading
 from .shape import Shape
-from .work import Work, decode
+from .work import Amount, Work, decode
 
 B200_INTENSITY = 562.5
 """FLOP a byte of the paper's machine."""
@@ -85,9 +85,10 @@ def predict(shape: Shape, work: Work, machine: Machine) -> Seconds:
     if work.text:
         attention = work.attention.flops / interpolate(rates.prefill_attention, work.text)
     else:
-        compute = interpolate(rates.decode_flops, shape.group)
-        attention = max(work.attention.num_bytes / rates.decode_bytes, work.attention.flops / compute)
-        attention += max(work.listed.num_bytes / rates.listed_bytes, work.listed.flops / compute)
+        attention = _reading(work.attention, shape.itemsize, rates)
+        attention += (
+            _reading(work.listed, shape.itemsize, rates) * interpolate(rates.decode_bytes, 2) / rates.listed_bytes
+        )
     return Seconds(
         linear=work.linear.flops / interpolate(rates.products, work.rows),
         attention=attention,
@@ -163,3 +164,12 @@ def crossover(
         middle = (low + high) // 2
         low, high = (low, middle) if dominates(middle) else (middle, high)
     return high
+
+
+def _reading(amount: Amount, itemsize: int, rates: Rates) -> float:
+    """Seconds of single queries over a long cache: the more of them share a key, the longer its bytes take."""
+    if not amount.num_bytes:
+        return 0.0
+    group = amount.flops * itemsize / (2 * amount.num_bytes)
+    most = max(rates.decode_bytes)
+    return amount.num_bytes / interpolate(rates.decode_bytes, group) * max(1.0, group / most)

@@ -34,9 +34,9 @@ class Rates(BaseModel):
     Attributes:
         products: FLOP/s of matrix products by their rows, the weights coming from memory.
         prefill_attention: FLOP/s of causal attention, visible pairs alone counted, by the length of the text.
-        decode_bytes: bytes of keys and values a second that single queries read of a long cache.
-        decode_flops: FLOP/s of single queries whose keys lie in the processor's caches, by the heads that share a key.
-        listed_bytes: bytes a second of keys and values on listed pages of 16, of a long cache.
+        decode_bytes: bytes of keys and values a second that single queries read of a long cache, by the queries that
+            share a key: with many, arithmetic takes longer than memory.
+        listed_bytes: the same on listed pages of 16, where two share a key.
         moved_bytes: bytes a second that operators between the products read and write.
         layer_seconds: of one layer of a decoder run through transformers, besides its products: calls, whose code and
             data the weights have driven out of the processor's caches, and threads that wake up.
@@ -47,8 +47,7 @@ class Rates(BaseModel):
 
     products: Curve
     prefill_attention: Curve
-    decode_bytes: float = _Rate
-    decode_flops: Curve
+    decode_bytes: Curve
     listed_bytes: float = _Rate
     moved_bytes: float = _Rate
     layer_seconds: float = Field(ge=0, allow_inf_nan=False)

@@ -21,8 +21,8 @@ _STREAM = 64 * 2**20  # float32 numbers
 _MATRIX, _MATRICES = 2048, 12  # together larger than the caches
 _ROWS, _FEW = (1, 2, 4, 8, 16, 32, 64, 256, 1024), 32  # from so many rows on two matrices are enough
 _LENGTHS = (256, 1024, 4096)
-_KEYS, _PAGE, _LISTED = 16384, 16, 0.1
-_NEAR, _GROUPS = 8192, (1, 2, 4, 8, 16, 32)
+_KEYS, _PAGE, _LISTED = 32768, 16, 0.1
+_GROUPS = (1, 2, 4, 8, 16, 32)
 _TOKENS, _WIDTH = 2048, 1024
 _LAYERS = (4, 16)
 _LLAMA = {
@@ -133,8 +133,7 @@ class Probes:
             prefill_attention={
                 length: 2 * 4 * 64 * length * (length + 1) / seconds[f"length {length}"] for length in _LENGTHS
             },
-            decode_bytes=2 * 8 * 128 * _KEYS * item / beyond("decode"),
-            decode_flops={group: 4 * 2 * group * 128 * _NEAR / beyond(f"group {group}") for group in _GROUPS},
+            decode_bytes={group: 2 * 8 * 128 * _KEYS * item / beyond(f"group {group}") for group in _GROUPS},
             listed_bytes=2 * 8 * 128 * _listed() * _PAGE * item / beyond("listed"),
             moved_bytes=_TOKENS * _WIDTH * (norm_bytes(item) + 3 * item) / seconds["moved"],
             layer_seconds=beside,
@@ -176,14 +175,12 @@ def _calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
         calls[f"rows {rows}"] = partial(_products, draw(rows, _MATRIX), weights[: _matrices(rows)])
     # After all matrices of the last product no cache of the processor holds the pages.
     calls["listed"] = partial(decode_attention, query, key, value, pages, page_size=_PAGE)
-    calls["decode"] = partial(decode_attention, query, key, value)
+    for group in _GROUPS:
+        calls[f"group {group}"] = partial(decode_attention, draw(1, 8 * group, 1, 128), key, value)
     calls["decode call"] = partial(decode_attention, query, key[:, :, :16], value[:, :, :16])
     for length in _LENGTHS:
         text = draw(1, 4, length, 64), draw(1, 2, length, 64), draw(1, 2, length, 64)
         calls[f"length {length}"] = partial(F.scaled_dot_product_attention, *text, is_causal=True, enable_gqa=True)
-    near = [draw(1, 2, _NEAR, 128) for _ in range(2)]
-    for group in _GROUPS:
-        calls[f"group {group}"] = partial(decode_attention, draw(1, 2 * group, 1, 128), *near)
     calls["moved"] = partial(_norm, draw(_TOKENS, _WIDTH), draw(_WIDTH))
     for layers in _LAYERS:
         model = random_llama(dtype, context=64, num_hidden_layers=layers, **_LLAMA).to(device)
