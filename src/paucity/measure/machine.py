@@ -35,7 +35,8 @@ class Rates(BaseModel):
         products: FLOP/s of matrix products by their rows, the weights coming from memory.
         prefill_attention: FLOP/s of causal attention, visible pairs alone counted, by the length of the text.
         decode_bytes: bytes of keys and values a second that single queries read of a long cache, by the queries that
-            share a key: with many, arithmetic takes longer than memory.
+            share a key: with many, arithmetic takes longer than memory. Of keys 128 wide; narrower ones, eight or more
+            queries to each, are read up to a third slower on a CPU.
         listed_bytes: the same on listed pages of 16, where two share a key.
         moved_bytes: bytes a second that operators between the products read and write.
         layer_seconds: of one layer of a decoder run through transformers, besides its products: calls, whose code and
