@@ -64,8 +64,8 @@ def kinetics(
             tokens = crossings[plan.shape.name]
             where = "never takes most of a step" if tokens is None else f"takes most of a step from {tokens} tokens on"
             out.print(
-                f"{plan.shape.name}: prefill takes {plan.prefill.total:.3g} s, "
-                f"keys and values {plan.cache_bytes / 1e6:.4g} MB; dense attention {where}.",
+                f"{plan.shape.name}: prefill takes {_short(plan.prefill.total)} s, "
+                f"keys and values {_short(plan.cache_bytes / 1e6)} MB; dense attention {where}.",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
     out.print(f"\nTake {advice.plan.label}.", markup=False, highlight=False, soft_wrap=True)
@@ -123,6 +123,11 @@ def _machine(path: Path | None, dtypes: tuple[str, ...], progress: Any) -> "Mach
     return measure(dtypes, progress) if path is None else Machine.load(path)
 
 
+def _short(value: float) -> str:
+    """Three digits, and no powers of ten for what is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _row(plan: "Plan") -> dict[str, Any]:
     decode = plan.decode
     return {
@@ -153,7 +158,7 @@ def _table(options: "tuple[Plan, ...]", best: "Plan") -> Table:
             plan.shape.name,
             plan.method,
             "all" if plan.num_keys is None else str(plan.num_keys),
-            *(f"{part:.3g}" for part in (decode.total, *parts, plan.eflops / 1e12)),
+            *(_short(part) for part in (decode.total, *parts, plan.eflops / 1e12)),
             style="bold" if plan is best else None,
         )
     return table

@@ -7,7 +7,9 @@ and this is the check of it.
 Random Llamas in bfloat16 are timed through transformers: decode steps with the cache read once and not copied
 (`measure.dense`), prefills with SDPA and a new `DynamicCache`. The machine is measured in the same rounds, at other
 shapes than these: no matrix, context or number of rows above one that is checked was measured, and nothing is fitted
-to the cases. The shortest time of the rounds counts on both sides, since both are what the machine does when it is left alone.
+to the cases. The shortest time of the rounds counts on both sides, as both are what the machine does when it is left
+alone; other work on it lengthens the cases more than the shorter probes, and makes the model look too fast.
+
 Holds when the median of ``|predicted - measured| / measured`` over all cases is at most 0.2; the worst is reported, and
 beside it what a plain roofline (best products, full bandwidth, nothing else) would have said.
 """

@@ -187,8 +187,8 @@ def _why(best: Plan, options: Sequence[Plan]) -> tuple[str, ...]:
     reasons = []
     if dense is not None and dense is not best:
         reasons.append(
-            f"Dense, attention takes {dense.decode.attention_share:.0%} of {dense.decode.total:.3g} s of decoding; "
-            f"here {best.decode.attention_share:.0%} of {best.decode.total:.3g} s: "
+            f"Dense, attention takes {dense.decode.attention_share:.0%} of {dense.decode.total:.4g} s of decoding; "
+            f"here {best.decode.attention_share:.0%} of {best.decode.total:.4g} s: "
             f"{dense.decode.total / best.decode.total:.2f} times as fast."
         )
     elif best.reading is None:
