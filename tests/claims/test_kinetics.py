@@ -40,7 +40,7 @@ def test_attention_is_counted_and_timed(small_probes, monkeypatch):
     assert isinstance(result.holds, bool)
 
 
-RISING = {"small": {1: 0.3, 2: 0.9}, "large": {1: 0.2, 2: 0.7}}
+RISING = {"small": {1: 0.3, 4: 0.9}, "large": {1: 0.2, 4: 0.7}}
 
 
 def test_the_verdict_on_attention():
@@ -50,8 +50,8 @@ def test_the_verdict_on_attention():
     assert found["cache_growth_when_parameters_double"] == pytest.approx(1.16, abs=0.03)
     assert found["largest_over_smallest_by_parameters"] > 40 > 4 > found["largest_over_smallest_by_eflops"]
     assert module.holds(found, RISING)
-    assert not module.holds(found, RISING | {"large": {1: 0.2, 2: 0.4}})
-    assert not module.holds(found, RISING | {"large": {1: 0.8, 2: 0.7}})
-    assert not module.holds(found, RISING | {"large": {1: 0.2, 2: 0.95}})
+    assert not module.holds(found, RISING | {"large": {1: 0.2, 4: 0.4}})
+    assert not module.holds(found, RISING | {"large": {1: 0.8, 4: 0.7}})
+    assert not module.holds(found, RISING | {"large": {1: 0.2, 4: 0.95}})
     assert not module.holds(found | {"cache_growth_when_parameters_double": 1.6}, RISING)
     assert not module.holds(found | {"largest_over_smallest_by_eflops": 30}, RISING)
