@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ..attention import PrefillPolicy, apply, from_json, record
-from ..attention.apply import Observed
+from ..attention import Observed, PrefillPolicy, apply, from_json, record
 from ..kernels.attention import Problem, dense
 from ..measure.cost import Comparison, prefill, time_interleaved
 from ..measure.data import held_out_python
@@ -59,7 +58,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vertical_slash": {"num_vertical": 512, "num_slash": 256},
     "xattention": {"stride": 16},
 }
-POLICIES = {name: from_json({"method": name, "min_length": 0} | options) for name, options in OPTIONS.items()}
+POLICIES = {
+    name: policy
+    for name, options in OPTIONS.items()
+    if isinstance(policy := from_json({"method": name, "min_length": 0} | options), PrefillPolicy)
+}
 
 
 class Part(NamedTuple):
@@ -93,8 +96,7 @@ def run() -> list[BenchRow]:
         rows.append(_row(f"prefill.{length // 1024}k", "embedded model", length, part, best))
         if length == LONG[0]:
             rows += [_share(part, best, length), end_to_end(loaded.model, ids[:, :length], best, "embedded model")]
-            chosen = best
-    return rows + _random_llama(ids, chosen)
+    return rows + _random_llama(ids, finalists)
 
 
 @torch.no_grad()
@@ -197,16 +199,20 @@ def _share(part: Part, name: str, length: int) -> BenchRow:
     )
 
 
-def _random_llama(ids: Tensor, name: str) -> list[BenchRow]:
-    """The best policy in one layer of a larger model at each length, and in all of it at 8,192 tokens."""
+def _random_llama(ids: Tensor, names: Sequence[str]) -> list[BenchRow]:
+    """The best of these policies in one layer of a larger model at each length, and in all of it at 8,192 tokens."""
     model, rows = _llama(RANDOM_LLAMA), []
     size = f"random Llama, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
     layer = _llama(RANDOM_LLAMA | {"num_hidden_layers": 1})
+    policies = {name: POLICIES[name] for name in names}
     for length in RANDOM:
-        part = attention_part(record(layer, ids[:, :length]), {name: POLICIES[name]}, repeats=1 + (length <= LONG[0]))
-        rows.append(_row(f"prefill.llama100m.{length}", f"{size}, one layer", length, part, name))
-    row = end_to_end(model, ids[:, : RANDOM[1]], name, size, repeats=1)
-    return [*rows, replace(row, bench=row.bench.replace("prefill.", "prefill.llama100m."))]
+        part = attention_part(record(layer, ids[:, :length]), policies, repeats=1 + (length <= LONG[0]))
+        best = best_of(part)
+        rows.append(_row(f"prefill.llama100m.{length}", f"{size}, one layer", length, part, best))
+        if length == RANDOM[1]:
+            whole = end_to_end(model, ids[:, :length], best, size, repeats=1)
+            rows.append(replace(whole, bench=whole.bench.replace("prefill.", "prefill.llama100m.")))
+    return rows
 
 
 def _llama(sizes: dict[str, int]) -> nn.Module:
