@@ -21,6 +21,8 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "pipeline": 8,
     "cli_output": 1,
     "cli_attention": 8,
+    "cli_kinetics": 8,
+    "kinetics": 5,
     "cli": 9,
     "__main__": 10,
 }

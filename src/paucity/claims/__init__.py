@@ -51,6 +51,16 @@ CLAIMS: dict[str, Claim] = {
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
     ),
+    "kinetics-attention-dominates": Claim(
+        "kinetics_attention_dominates",
+        "2506.05333",
+        "In test-time scaling reading keys and values costs more than the parameters do, most of all in small models.",
+    ),
+    "kinetics-model-within-20-percent": Claim(
+        "kinetics_model_within_20_percent",
+        "2506.05333",
+        "The cost model tells the seconds of decode steps and prefills on a measured machine to within 20 %.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
