@@ -14,6 +14,7 @@ from .grid import Grid
 from .hierarchical import Hierarchical
 from .hyper import Hyper
 from .influence import Influence, influence
+from .lemo import AppliedLeMo, LeMo
 from .longgen import LongGen
 from .minference import HeadChoice, MInference
 from .moa import MoA
@@ -36,6 +37,7 @@ from .xattention import XAttention
 __all__ = [
     "Anchor",
     "AppliedAttention",
+    "AppliedLeMo",
     "Attended",
     "BlockSparse",
     "BlockTopK",
@@ -50,6 +52,7 @@ __all__ = [
     "Hyper",
     "Influence",
     "LayerTelemetry",
+    "LeMo",
     "LongGen",
     "MInference",
     "MoA",

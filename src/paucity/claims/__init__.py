@@ -51,6 +51,11 @@ CLAIMS: dict[str, Claim] = {
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
     ),
+    "lemo-memory": Claim(
+        "lemo_memory",
+        "2501.09767",
+        "Fine-tuning on long texts without the uninformative tokens takes much less memory, at a loss as good.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
