@@ -5,9 +5,11 @@ weights, fill the memory of long fine-tuning, and a token that takes part in a l
 activations there. So each layer drops tokens from its attention and, by a choice of its own, from its MLP:
 
 - *Token elimination* (Sec. 4.2): blocks of 64 tokens have scores (`paucity.attention.lemo_layer`); those below the
-  layer's threshold (`LeMo.fit`, Algorithm 1) are neither queries nor keys, or skip the MLP. What stays keeps its order
-  and its positions. The output of a dropped token is zero: the residual stream carries it on unchanged, with the
-  gradient 1, and the next layer chooses anew.
+  layer's threshold (`LeMo.fit`, Algorithm 1) are neither queries nor keys. What stays keeps its order and its
+  positions. The output of a dropped token is zero: the residual stream carries it on unchanged, with the gradient 1,
+  and the next layer chooses anew. At the MLP, whose activations are the score, dropped tokens are computed and then
+  left out of the backward: the paper's words allow that, and its code does it with neurons. ``mlp="both"`` drops them
+  from the forward too; the small model of this package does not bear that.
 - *Pattern prediction* (Sec. 4.3): small networks tell the scores from what goes into the module
   (`paucity.attention.lemo_predict`). Without them (`apply` of options alone) scores are computed exactly, which costs
   time but no lasting memory, and the threshold is that of Algorithm 1, Step 1, for the text at hand: the mean of its
@@ -22,14 +24,14 @@ while ``model.training``, and a model in eval mode is dense.
 Not here: kernels that read chosen tokens in place and add to the residual in place (tokens are gathered and scattered,
 in memory that does not last), and recovering a layer's input from its output (norms are computed again in the backward
 instead, as in the authors' code). That code keeps the first half of the layers and the last one whole, keeps a fixed
-share of the blocks, and drops neurons instead of tokens in the MLP's backward; here it is as in the paper. Mixtures of
-experts, and layers whose MLP is no module of its own (OPT), need ``mlp=False``. Install LeMo before adapters (PEFT).
+share of the blocks, and drops neurons, not tokens, in the MLP's backward; here it is as in the paper. Mixtures of
+experts, and layers whose MLP is no module of its own (OPT), need ``mlp="off"``. Install LeMo before adapters (PEFT).
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -58,12 +60,13 @@ class LeMo(BaseModel):
 
     Attributes:
         block_size: tokens in a block.
-        attention_sparsity: share of the blocks that attention drops, mean over layers. Fitted, all thresholds are
-            scaled until it is reached on the fitting texts; without a fit every text drops that share. None is what
-            thresholds at the mean score drop, as in the paper (38 % in its models).
+        attention_sparsity: share of the blocks that attention drops: fitted, mean over layers and fitting texts; without
+            a fit, of every layer and text. None is what thresholds at the mean score drop, as in the paper (38 % in its
+            models).
         mlp_sparsity: the same for the MLPs (51 % in the paper's models).
         attention: whether attention drops tokens.
-        mlp: whether MLPs do.
+        mlp: where MLPs do: ``backward`` alone (dropped tokens go through the MLP and leave nothing there), in ``both``
+            passes (they skip it), or ``off``.
         layers: which layers do; None is all.
         segment: positions of which logits are there at once in ``model(..., labels=...)``; None leaves the loss alone.
         recompute_norms: compute the norms of these layers again in the backward, instead of keeping their output.
@@ -74,8 +77,8 @@ class LeMo(BaseModel):
         prune_every: steps between the elastic prunings of predictors; 0 is never.
         zero_share: neurons of a predictor that are zero more often go at the first pruning; 0.05 less at the next.
         refinements: rounds of Algorithm 1, Step 2.
-        epsilon: its finite difference, as a share of the layer's mean score.
-        eta: its step, in mean scores per nat of the loss.
+        epsilon: its finite difference, in mean scores.
+        eta: its step, in squared mean scores per nat of the loss.
         seed: of the predictors.
     """
 
@@ -85,7 +88,7 @@ class LeMo(BaseModel):
     attention_sparsity: float | None = Field(None, ge=0, lt=1)
     mlp_sparsity: float | None = Field(None, ge=0, lt=1)
     attention: bool = True
-    mlp: bool = True
+    mlp: Literal["backward", "both", "off"] = "backward"
     layers: list[int] | None = Field(None, min_length=1)
     segment: int | None = Field(2048, ge=1)
     recompute_norms: bool = True
@@ -102,8 +105,8 @@ class LeMo(BaseModel):
 
     @model_validator(mode="after")
     def _something(self) -> "LeMo":
-        if not (self.attention or self.mlp):
-            raise fail("lemo", "attention or mlp", "be True", "both False")
+        if not self.attention and self.mlp == "off":
+            raise fail("lemo", "mlp", "not be off where attention drops nothing either", self.mlp)
         return self
 
     def sparsity(self, site: str) -> float | None:
@@ -148,14 +151,16 @@ def apply(model: nn.Module, how: "LeMo | Fitted") -> "AppliedLeMo":
         if layer not in modules:
             raise fail("apply", "layers", f"be among the {len(modules)} attention layers", layer)
     paths = {id(module): path for path, module in model.named_modules()}
-    downs = [site.module.rpartition(".") for site in find_sites(model) if site.kind == "down"] if options.mlp else []
-    mlps = {mlp.rpartition(".")[0]: (model.get_submodule(mlp), name) for mlp, _, name in downs}
+    downs = [site.module.rpartition(".") for site in find_sites(model) if site.kind == "down"]
+    mlps = (
+        {}
+        if options.mlp == "off"
+        else {mlp.rpartition(".")[0]: (model.get_submodule(mlp), name) for mlp, _, name in downs}
+    )
     blocks = {layer: paths[id(modules[layer])].rpartition(".")[0] for layer in wanted}
     for layer, block in blocks.items():
-        if options.mlp and block not in mlps:
-            raise fail(
-                "apply", "mlp", f"be False for {type(model).__name__}", f"True, and no MLP module in layer {layer}"
-            )
+        if options.mlp != "off" and block not in mlps:
+            raise fail("apply", "mlp", f"be off where layer {layer} has no MLP module", options.mlp)
     applied = AppliedLeMo(model, options, fitted)
     for layer, block in blocks.items():
         applied.install(layer, modules[layer], mlps.get(block), model.get_submodule(block))
@@ -239,7 +244,7 @@ class AppliedLeMo:
 
     def predictor(self, site: str, layer: int) -> "Predictor | None":
         """What tells the scores of ``attention`` or ``mlp`` of a layer; None where they are computed."""
-        return None if self.fitted is None else self.fitted.predictors[site, layer]
+        return None if self.fitted is None else self.fitted.predictors.get((site, layer))
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,9 +4,10 @@ Paper: Wang et al. 2025, https://arxiv.org/abs/2501.09767, Sec. 4.2 (Algorithm 1
 
 The predictors (`paucity.attention.lemo_predict`) learn from the exact scores of a few texts.
 
-Thresholds: the layer's mean score (Step 1), then by ``T + eta * (acc(T + eps) - acc(T - eps)) / 2 eps`` (Step 2), where
-the accuracy is minus the loss of the next token on the first text. The paper gives neither step; ours are in units of
-the mean score. With a sparsity asked for, all thresholds of a kind are scaled together until it is reached.
+Thresholds are in units of the mean score of a layer's blocks in the text at hand. Step 1: 1, or what drops the share of
+blocks asked for. Step 2: ``T + eta * (acc(T + eps) - acc(T - eps)) / 2 eps``, where the accuracy is minus the loss of the
+next token on the first text; then all thresholds of a kind are scaled together, back to the share asked for. The paper
+gives neither ``eta`` nor ``eps``, and has thresholds in units of the scores themselves.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..checks import check_ndim, fail
 from ..measure.tokens import device_of, evaluating, forward
-from ..ops.informative import block_totals
+from ..ops.informative import block_totals, relative_scores
 from .influence import next_token_loss
 from .lemo_predict import Predictor, block_summary, train_predictor
 
@@ -38,7 +39,7 @@ class Fitted:
 
     Attributes:
         options: with which they were found.
-        predictors: by site and layer.
+        predictors: by site and layer; an MLP that runs whole needs none.
         thresholds: by site and layer.
         recall: share of the blocks that exact scores would keep which the predicted ones keep as well.
         loss: mean smooth L1 loss of each predictor at the end.
@@ -61,9 +62,9 @@ class Fitted:
         }
         save_file(tensors, folder / "lemo.safetensors")
         rows = [
-            {"site": site, "layer": layer, "threshold": self.thresholds[site, layer]}
-            | {"recall": self.recall[site, layer], "loss": self.loss[site, layer]}
-            for site, layer in self.predictors
+            {"site": site, "layer": layer, "threshold": threshold, "recall": self.recall[site, layer]}
+            | ({"loss": self.loss[site, layer]} if (site, layer) in self.loss else {})
+            for (site, layer), threshold in self.thresholds.items()
         ]
         data = {"options": self.options.model_dump(mode="json"), "sites": rows}
         (folder / "lemo.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -87,19 +88,13 @@ class Fitted:
         for key in keys:
             prefix = f"{key[0]}.{key[1]}."
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            features = own["towers.0.matrices.0.weight"].shape[1] // 2
-            predictor = predictors[key] = Predictor(key[0], features, options.block_size, options.rank)
-            for i, tower in enumerate(predictor.towers):
-                for j, matrix in enumerate(tower.matrices):  # type: ignore[union-attr, arg-type]
-                    matrix.weight = nn.Parameter(own[f"towers.{i}.matrices.{j}.weight"])
-                    matrix.bias = nn.Parameter(own[f"towers.{i}.matrices.{j}.bias"])
-            predictor.load_state_dict(own)
-            predictor.eval().requires_grad_(False)
-        found = {name: {key: row[name] for key, row in zip(keys, data["sites"], strict=True)} for name in _FIGURES}
-        return cls(options, predictors, *(found[name] for name in _FIGURES))
-
-
-_FIGURES = ("threshold", "recall", "loss")
+            if own:
+                predictors[key] = Predictor.restored(key[0], own, options.block_size)
+        found: list[dict[Key, float]] = [
+            {key: row[name] for key, row in zip(keys, data["sites"], strict=True) if name in row}
+            for name in ("threshold", "recall", "loss")
+        ]
+        return cls(options, predictors, *found)
 
 
 def fit(model: nn.Module, batches: Sequence[Tensor], options: "LeMo") -> Fitted:
@@ -132,75 +127,74 @@ def fit(model: nn.Module, batches: Sequence[Tensor], options: "LeMo") -> Fitted:
     generator = torch.Generator().manual_seed(options.seed)
     predictors, losses = {}, {}
     for key, pairs in sorted(examples.items()):
-        predictors[key], losses[key] = train_predictor(key[0], pairs, options, generator)
-    told = {key: _totals(predictors[key], pairs) for key, pairs in examples.items()}
-    means = {key: float(scores.mean()) for key, scores in told.items()}
-    shares = _scaled(dict.fromkeys(told, 1.0), told, means, options)
-    fitted = Fitted(look, predictors, {key: shares[key] * means[key] for key in shares}, {}, losses)
+        if key[0] == "attention" or options.mlp == "both":
+            predictors[key], losses[key] = train_predictor(key[0], pairs, options, generator)
+    told = {key: _relative(predictors.get(key), pairs) for key, pairs in examples.items()}
+    thresholds = {key: _quantile(scores, options.sparsity(key[0])) for key, scores in told.items()}
+    fitted = Fitted(look, predictors, thresholds, {}, losses)
     for _ in range(options.refinements if options.eta else 0):
-        moved = _refined(model, fitted, means, batches[0].to(device), options)
-        shares = _scaled(moved, told, means, options)
-        fitted = dataclasses.replace(fitted, thresholds={key: shares[key] * means[key] for key in shares})
-    recall = {key: _recall(told[key], examples[key], fitted.thresholds[key] / max(means[key], 1e-12)) for key in told}
+        moved = _refined(model, fitted, batches[0].to(device), options)
+        fitted = dataclasses.replace(fitted, thresholds=_scaled(moved, told, options))
+    recall = {key: _recall(told[key], examples[key], fitted.thresholds[key]) for key in told}
     return dataclasses.replace(fitted, options=options, recall=recall)
 
 
 Examples = Sequence[tuple[Tensor, Tensor]]
+"""`block_summary` and exact scores of each text."""
 
 
-def _totals(predictor: Predictor, pairs: Examples) -> Tensor:
-    """Predicted scores of all blocks of all texts, one after another."""
-    found = [predictor(x).relu() * predictor.get_buffer("scale") for x, _ in pairs]
-    return torch.cat([_blocks(score).flatten() for score in found])
+def _relative(predictor: Predictor | None, pairs: Examples) -> Tensor:
+    """Predicted scores of all blocks of all texts, in units of each text's mean; exact ones without a predictor."""
+    found = [score if predictor is None else predictor(x).relu() for x, score in pairs]
+    return torch.cat([relative_scores(*_blocks(score)).flatten() for score in found])
 
 
-def _blocks(score: Tensor) -> Tensor:
-    """Scores of blocks ``[B, n]`` from those of pairs ``[B, n, n]``, or what is given."""
-    return score if score.ndim == 2 else block_totals(score.tril(), score.new_ones(score.shape[:2], dtype=torch.bool))
+def _blocks(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of blocks ``[B, n]`` from those of pairs ``[B, n, n]``, or what is given, and that all are there."""
+    there = score.new_ones(score.shape[:2], dtype=torch.bool)
+    return (score if score.ndim == 2 else block_totals(score.tril(), there)), there
 
 
-def _scaled(
-    shares: Mapping[Key, float], told: Mapping[Key, Tensor], means: Mapping[Key, float], options: "LeMo"
-) -> dict[Key, float]:
-    """Thresholds in units of the mean score, scaled for each kind of site to the sparsity asked for."""
-    scaled = dict(shares)
-    for site in {site for site, _ in shares}:
-        wanted = options.sparsity(site)
-        keys = [key for key in shares if key[0] == site]
-        if wanted is None:
-            continue
-        ratio = torch.cat([told[key] / max(shares[key] * means[key], 1e-12) for key in keys]).sort().values
-        factor = float(ratio[min(round(wanted * len(ratio)), len(ratio) - 1)]) if wanted else 0.0
-        scaled |= {key: shares[key] * factor for key in keys}
+def _quantile(scores: Tensor, sparsity: float | None) -> float:
+    """The threshold that drops a share of the blocks; None is the mean score."""
+    if sparsity is None:
+        return 1.0
+    return float(scores.sort().values[min(round(sparsity * len(scores)), len(scores) - 1)]) if sparsity else 0.0
+
+
+def _scaled(thresholds: Mapping[Key, float], told: Mapping[Key, Tensor], options: "LeMo") -> dict[Key, float]:
+    """The thresholds of each kind of site, scaled together to the sparsity asked for."""
+    scaled = dict(thresholds)
+    for site in {site for site, _ in thresholds}:
+        keys = [key for key in thresholds if key[0] == site]
+        if options.sparsity(site) is not None:
+            ratio = torch.cat([told[key] / max(thresholds[key], 1e-6) for key in keys])
+            scaled |= {key: thresholds[key] * _quantile(ratio, options.sparsity(site)) for key in keys}
     return scaled
 
 
-def _refined(
-    model: nn.Module, fitted: Fitted, means: Mapping[Key, float], batch: Tensor, options: "LeMo"
-) -> dict[Key, float]:
-    """Thresholds in units of the mean score after a step along the gradient of the accuracy, by finite differences."""
+def _refined(model: nn.Module, fitted: Fitted, batch: Tensor, options: "LeMo") -> dict[Key, float]:
+    """Thresholds after a step along the gradient of the accuracy, by finite differences."""
     from .lemo import apply
 
     applied = apply(model, fitted)
 
-    def accuracy(key: Key, share: float) -> float:
-        applied.thresholds = {**fitted.thresholds, key: share * means[key]}
+    def accuracy(key: Key, threshold: float) -> float:
+        applied.thresholds = {**fitted.thresholds, key: max(threshold, 0.0)}
         return -float(next_token_loss(model, batch, None))
 
-    moved = {}
+    moved = dict(fitted.thresholds)
     try:
         with evaluating(model):
-            for key, threshold in fitted.thresholds.items():
-                share = threshold / max(means[key], 1e-12)
-                rise = accuracy(key, share + options.epsilon) - accuracy(key, share - options.epsilon)
-                moved[key] = max(share + options.eta * rise / (2 * options.epsilon), 0.0)
+            for key in fitted.predictors:  # no other choice changes the forward
+                rise = accuracy(key, moved[key] + options.epsilon) - accuracy(key, moved[key] - options.epsilon)
+                moved[key] = max(moved[key] + options.eta * rise / (2 * options.epsilon), 0.0)
     finally:
         applied.remove()
     return moved
 
 
-def _recall(told: Tensor, pairs: Examples, share: float) -> float:
-    """Share of the blocks above a threshold (in units of the mean score) by exact scores that are so by ``told``."""
-    exact = torch.cat([_blocks(score).flatten() for _, score in pairs])
-    wanted, kept = exact >= share * exact.mean(), told >= share * told.mean()
+def _recall(told: Tensor, pairs: Examples, threshold: float) -> float:
+    """Share of the blocks above a threshold by exact scores that are so by ``told``."""
+    wanted, kept = _relative(None, pairs) >= threshold, told >= threshold
     return float((wanted & kept).sum() / wanted.sum().clamp(min=1))

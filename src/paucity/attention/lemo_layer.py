@@ -5,8 +5,8 @@ Paper: Wang et al. 2025, https://arxiv.org/abs/2501.09767, Sec. 4.2. Operators: 
 Attention (Eq. 1, 2): scores are ``S_ij = q_i . k_j / sqrt(d)`` before the softmax, of which only positive ones count,
 averaged over heads; a pair of blocks has the largest of its pairs, ``i != j``, and a block the sum over its pairs of
 blocks. Pairs ``i < j``, which a causal model never looks at, are left out, so that a block counts as keys of the later
-blocks and as queries of the earlier ones, as in the authors' code; sums are divided by the number of blocks, so that a
-threshold means the same at every length. Soft caps and sliding windows are ignored.
+blocks and as queries of the earlier ones, as in the authors' code; thresholds
+are in units of the mean score of the text at hand, so that they mean the same for all lengths. Soft caps and sliding windows are ignored.
 
 MLP: a token has the mean magnitude of its intermediate activations (what goes into the down projection, after ReLU, or
 gated), a block has that of its largest token. The paper names the activations and no formula.
@@ -15,6 +15,7 @@ What attention multiplies is recorded by an attention function that transformers
 model's own and for one call; nothing is patched and nothing but projections and positions is computed.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ class Layer:
         self.counts: dict[str, tuple[int, int]] = {}
         self._valid: Tensor | None = None
         self._kept: dict[str, Subset] = {}
+        self._made: Tensor | None = None
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         """Take the kept tokens out of all that the attention gets."""
@@ -101,27 +103,38 @@ class Layer:
         if valid is None or valid.shape != hidden.shape[:2]:
             raise InputError(f"lemo: MLP must get states [B, T, C] after its attention, got {list(hidden.shape)}.")
         predictor, observer = self.owner.predictor("mlp", self.layer), self.owner.seen
+        whole = self.owner.options.mlp == "backward"
+        if whole and not torch.is_grad_enabled() and observer is None:
+            return None
+        made: Tensor | None = None
         if predictor is not None and observer is None:
             score = predictor.score(hidden, valid)
         else:
             down = module.get_submodule(self.down)
-            score = record_activations(module, down, hidden, self.owner.options.block_size, valid)
+            score, made = run_without_gradient(module, down, hidden, self.owner.options.block_size, valid)
             if observer is not None:
                 observer("mlp", self.layer, hidden.detach(), score)
                 return None
         kept = self._choose("mlp", score, valid)
-        return None if kept is None else (kept.take(hidden), *args[1:])
+        if kept is None:
+            return None
+        self._made = made if whole else None
+        return kept.take(hidden), *args[1:]
 
     def after_mlp(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put what the MLP gave back in its places."""
-        return self._put("mlp", output)
+        made, self._made = self._made, None
+        return self._put("mlp", output, made)
 
     def _choose(self, site: str, score: Tensor, valid: Tensor) -> Subset | None:
         """The tokens that stay at ``attention`` or ``mlp``; None where that is all of them."""
         size = self.owner.options.block_size
         there = valid_blocks(valid, size)
         threshold = self.owner.thresholds.get((site, self.layer))
-        blocks = keep_blocks(score, there, threshold=threshold, sparsity=self.owner.options.sparsity(site))
+        if threshold is None:
+            blocks = keep_blocks(score, there, sparsity=self.owner.options.sparsity(site))
+        else:
+            blocks = keep_blocks(score, there, threshold=threshold)
         tokens = blocks.repeat_interleave(size, dim=1)[:, : valid.shape[1]] & valid
         before = self.counts.get(site, (0, 0))
         self.counts[site] = before[0] + int(tokens.sum()), before[1] + int(valid.sum())
@@ -131,11 +144,11 @@ class Layer:
         self._kept[site] = kept
         return kept
 
-    def _put(self, site: str, output: Any) -> Any:
+    def _put(self, site: str, output: Any, into: Tensor | None = None) -> Any:
         kept = self._kept.pop(site, None)
         if kept is None:
             return None
-        return (kept.put(output[0]), *output[1:]) if isinstance(output, tuple) else kept.put(output)
+        return (kept.put(output[0], into), *output[1:]) if isinstance(output, tuple) else kept.put(output, into)
 
 
 def _take(kept: Subset, value: Any) -> Any:
@@ -193,20 +206,30 @@ def record_heads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     raise InputError(f"lemo: model must use transformers' attention interface, got {type(module).__name__}.")
 
 
-def record_activations(mlp: nn.Module, down: nn.Module, hidden: Tensor, block_size: int, valid: Tensor) -> Tensor:
-    """`activation_informativeness` of what ``mlp`` gives its ``down`` projection, a few blocks at a time."""
-    step = max(1, _AT_ONCE // max(1, 4 * hidden[:, :block_size].numel())) * block_size
-    found = []
-    for part, there in zip(torch.split(hidden.detach(), step, dim=1), torch.split(valid, step, dim=1), strict=True):
-        handle = down.register_forward_pre_hook(_stop)
-        try:
-            with torch.no_grad():
-                mlp.forward(part)
-        except _Activations as reached:
-            found.append(activation_informativeness(reached.activations, block_size, valid=there))
-        finally:
-            handle.remove()
-    return torch.cat(found, dim=1)
+def run_without_gradient(
+    mlp: nn.Module, down: nn.Module, hidden: Tensor, block_size: int, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``mlp`` makes of all tokens ``[B, T, C]``, a few blocks at a time, and how informative these are to it.
+
+    Returns:
+        `activation_informativeness` ``[B, n]`` of what goes into its ``down`` projection, and its output ``[B, T, C]``.
+    """
+    step = max(1, _AT_ONCE // max(1, hidden[:, :block_size].numel())) * block_size
+    scores: list[Tensor] = []
+    outputs: list[Tensor] = []
+    with torch.no_grad():
+        for part, there in zip(torch.split(hidden.detach(), step, 1), torch.split(valid, step, 1), strict=True):
+            note = partial(_note, scores, block_size, there)
+            handle = down.register_forward_pre_hook(note)
+            try:
+                outputs.append(mlp.forward(part))
+            finally:
+                handle.remove()
+    return torch.cat(scores, dim=1), torch.cat(outputs, dim=1)
+
+
+def _note(scores: list[Tensor], block_size: int, valid: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+    scores.append(activation_informativeness(args[0], block_size, valid=valid))
 
 
 class _Recorded(Exception):
@@ -214,13 +237,6 @@ class _Recorded(Exception):
 
     def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
         self.heads = (query, key, scale)
-
-
-class _Activations(Exception):
-    """The down projection is not needed."""
-
-    def __init__(self, activations: Tensor) -> None:
-        self.activations = activations
 
 
 def _record(
@@ -233,7 +249,3 @@ def _record(
     **kwargs: Any,
 ) -> None:
     raise _Recorded(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _Activations(args[0])

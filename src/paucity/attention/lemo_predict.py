@@ -2,15 +2,15 @@
 
 Paper: Wang et al. 2025, https://arxiv.org/abs/2501.09767, Sec. 4.3 (Eq. 3).
 
-A layer has a pair of networks for its attention, ``score(m, n) = f_q(block m) . f_k(block n)``, and one for its MLP
-(the paper has none there: without it two thirds of an MLP would run only to be looked at). Each is three low-rank
-matrices with ReLU between; it reads a block as the mean and the largest value of each feature over its tokens. The
-paper takes "the representative embedding" of a block and does not say how (its code reads all 64 tokens at once, by
+A layer has a pair of networks for its attention, ``score(m, n) = f_q(block m) . f_k(block n)``; where dropped tokens
+are to skip the MLP there is one for that too (the paper has none: its own choice needs the activations). Each is three
+low-rank matrices with ReLU between; it reads a block as the mean and the largest value of each feature over its tokens.
+The paper takes "the representative embedding" of a block and does not say how (its code reads all 64 tokens at once, by
 head). They learn the exact scores of a few texts by a smooth L1 loss, and the *elastic size transformation* prunes
 neurons that are mostly zero as they learn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,6 +90,18 @@ class Predictor(nn.Module):
         outs = [tower(summary) for tower in self.towers]
         found: Tensor = outs[0] @ outs[1].mT if len(outs) == 2 else outs[0][..., 0]
         return found
+
+    @classmethod
+    def restored(cls, site: str, tensors: Mapping[str, Tensor], block_size: int) -> "Predictor":
+        """The predictor that has this `state_dict`, in eval mode and frozen; matrices have the sizes they had."""
+        features = tensors["towers.0.matrices.0.weight"].shape[1] // 2
+        predictor = cls(site, features, block_size, 1)
+        for name, module in predictor.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight, module.bias = (nn.Parameter(tensors[f"{name}.{kind}"]) for kind in ("weight", "bias"))
+                module.out_features, module.in_features = module.weight.shape
+        predictor.load_state_dict(dict(tensors))
+        return predictor.eval().requires_grad_(False)
 
     @torch.no_grad()
     def score(self, hidden: Tensor, valid: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ padding does counts as nothing.
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_divides, check_int, check_ndim, check_shape
+from ..checks import check_divides, check_int, check_ndim, check_range, check_shape, check_sparsity
 
 _AT_ONCE = 1 << 21
 """Scores that are there at once."""
@@ -89,32 +89,37 @@ def valid_blocks(valid: Tensor, block_size: int) -> Tensor:
     return _block_max(valid.float(), block_size) > 0
 
 
-def keep_blocks(
-    score: Tensor, there: Tensor, *, threshold: float | None = None, sparsity: float | None = None
-) -> Tensor:
-    """Which blocks stay: those that reach the threshold, and in any case the best one of each text.
+def keep_blocks(score: Tensor, there: Tensor, *, threshold: float = 1.0, sparsity: float | None = None) -> Tensor:
+    """Which blocks stay: those that reach a threshold, and in any case the best one of each text.
 
     Args:
-        score: ``[B, n]`` float.
+        score: ``[B, n]`` float, not negative.
         there: ``[B, n]`` bool, False for blocks of padding, which never stay.
-        threshold: of the score.
-        sparsity: without a threshold, share of each text's blocks that goes; without either, the mean of the text's
-            blocks is the threshold.
+        threshold: in units of the mean score of the text's blocks.
+        sparsity: share of each text's blocks that goes, instead of those below a threshold.
 
     Returns:
         ``[B, n]`` bool.
+
+    Raises:
+        InputError: if the threshold is negative or the sparsity out of range.
     """
-    score = score.masked_fill(~there, -torch.inf)
+    check_range("keep_blocks", "threshold", threshold, 0)
     count = there.sum(-1, keepdim=True)
-    if threshold is not None:
-        kept = score >= threshold
-    elif sparsity is not None:
+    score = relative_scores(score, there).masked_fill(~there, -torch.inf)
+    if sparsity is None:
+        kept = score >= threshold - 1e-6  # a mean of equal scores, rounded, must not drop them all
+    else:
+        check_sparsity("keep_blocks", sparsity)
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         kept = rank < count - (count * sparsity).round()
-    else:
-        # What rounding takes from a mean of equal scores must not drop them all.
-        kept = score >= score.masked_fill(~there, 0.0).sum(-1, keepdim=True) / count.clamp(min=1) * (1 - 1e-6)
     return (kept | (score == score.amax(-1, keepdim=True))) & there
+
+
+def relative_scores(score: Tensor, there: Tensor) -> Tensor:
+    """Scores ``[B, n]`` in units of the mean over those blocks of the text that are ``there``; 1 where all are 0."""
+    mean = score.masked_fill(~there, 0.0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mean > 0, score / mean.clamp(min=torch.finfo(score.dtype).tiny), 1.0)
 
 
 def _block_max(x: Tensor, block_size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Some of the tokens of each text of a batch: taken out in their order, and put back among zeros.
 
 Texts may keep different numbers: shorter ones are filled up at the end, where no earlier token of a causal model looks,
-with tokens that are not kept; what is put back there is zero and gets no gradient.
+with tokens that are not kept; what is made of these is not put back and gets no gradient.
 """
 
 from dataclasses import dataclass
@@ -67,11 +67,17 @@ class Subset:
             return (both & seen) | (own & ~self.present[:, None, :, None])
         return torch.where(seen, both, torch.finfo(both.dtype).min)
 
-    def put(self, y: Tensor) -> Tensor:
-        """``y`` ``[B, K, ...]`` back in its places: ``[B, T, ...]``, zero elsewhere, differentiable."""
+    def put(self, y: Tensor, into: Tensor | None = None) -> Tensor:
+        """``y`` ``[B, K, ...]`` back in its places: ``[B, T, ...]``, differentiable.
+
+        Args:
+            y: what was made of the kept tokens.
+            into: ``[B, T, ...]``, what is elsewhere; None is zero.
+        """
+        out = y.new_zeros(y.shape[0], self.length, *y.shape[2:]) if into is None else into
         if not bool(self.present.all()):
-            y = y * self.present.view(*self.present.shape, *[1] * (y.ndim - 2)).to(y.dtype)
-        out = y.new_zeros(y.shape[0], self.length, *y.shape[2:])
+            present = self.present.view(*self.present.shape, *[1] * (y.ndim - 2))
+            y = torch.where(present, y, self.take(out))
         if len(y) == 1:
             return out.index_copy(1, self.index[0], y)
         return out.scatter(1, self._spread(y.shape[2:]), y)
