@@ -60,9 +60,8 @@ class LeMo(BaseModel):
 
     Attributes:
         block_size: tokens in a block.
-        attention_sparsity: share of the blocks that attention drops: fitted, mean over layers and fitting texts; without
-            a fit, of every layer and text. None is what thresholds at the mean score drop, as in the paper (38 % in its
-            models).
+        attention_sparsity: share of the blocks that attention drops: fitted, mean over layers and texts; without a fit,
+            of every layer and text. None is what thresholds at the mean score drop, as in the paper (38 % there).
         mlp_sparsity: the same for the MLPs (51 % in the paper's models).
         attention: whether attention drops tokens.
         mlp: where MLPs do: ``backward`` alone (dropped tokens go through the MLP and leave nothing there), in ``both``
@@ -77,8 +76,8 @@ class LeMo(BaseModel):
         prune_every: steps between the elastic prunings of predictors; 0 is never.
         zero_share: neurons of a predictor that are zero more often go at the first pruning; 0.05 less at the next.
         refinements: rounds of Algorithm 1, Step 2.
-        epsilon: its finite difference, in mean scores.
-        eta: its step, in squared mean scores per nat of the loss.
+        epsilon: its finite difference, in standard deviations of the layer's scores.
+        eta: its step in such deviations, by which the threshold of the most sensitive layer moves.
         seed: of the predictors.
     """
 
@@ -98,9 +97,9 @@ class LeMo(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     prune_every: int = Field(100, ge=0)
     zero_share: float = Field(0.8, gt=0, le=1)
-    refinements: int = Field(1, ge=0)
-    epsilon: float = Field(0.1, gt=0)
-    eta: float = Field(1.0, ge=0)
+    refinements: int = Field(2, ge=0)
+    epsilon: float = Field(0.5, gt=0)
+    eta: float = Field(0.5, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")

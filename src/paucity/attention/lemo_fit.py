@@ -4,10 +4,11 @@ Paper: Wang et al. 2025, https://arxiv.org/abs/2501.09767, Sec. 4.2 (Algorithm 1
 
 The predictors (`paucity.attention.lemo_predict`) learn from the exact scores of a few texts.
 
-Thresholds are in units of the mean score of a layer's blocks in the text at hand. Step 1: 1, or what drops the share of
-blocks asked for. Step 2: ``T + eta * (acc(T + eps) - acc(T - eps)) / 2 eps``, where the accuracy is minus the loss of the
-next token on the first text; then all thresholds of a kind are scaled together, back to the share asked for. The paper
-gives neither ``eta`` nor ``eps``, and has thresholds in units of the scores themselves.
+Thresholds are in units of the mean score of a layer's blocks in the text at hand. Step 1: 1, or what drops the share
+of blocks asked for. Step 2: ``T + eta * (acc(T + eps) - acc(T - eps)) / 2 eps``, where the accuracy is minus the loss
+of the next token on the first text; then all thresholds of a kind are shifted together, back to the share asked for.
+The paper gives neither ``eta`` nor ``eps`` and has thresholds in units of the scores themselves; here both are in
+standard deviations of the layer's scores, and the layer whose threshold matters most moves by ``eta``.
 """
 
 import dataclasses
@@ -132,9 +133,10 @@ def fit(model: nn.Module, batches: Sequence[Tensor], options: "LeMo") -> Fitted:
     told = {key: _relative(predictors.get(key), pairs) for key, pairs in examples.items()}
     thresholds = {key: _quantile(scores, options.sparsity(key[0])) for key, scores in told.items()}
     fitted = Fitted(look, predictors, thresholds, {}, losses)
+    spreads = {key: max(float(scores.std()), 1e-6) for key, scores in told.items()}
     for _ in range(options.refinements if options.eta else 0):
-        moved = _refined(model, fitted, batches[0].to(device), options)
-        fitted = dataclasses.replace(fitted, thresholds=_scaled(moved, told, options))
+        moved = _refined(model, fitted, spreads, batches[0].to(device), options)
+        fitted = dataclasses.replace(fitted, thresholds=_shifted(moved, spreads, told, options))
     recall = {key: _recall(told[key], examples[key], fitted.thresholds[key]) for key in told}
     return dataclasses.replace(fitted, options=options, recall=recall)
 
@@ -162,18 +164,23 @@ def _quantile(scores: Tensor, sparsity: float | None) -> float:
     return float(scores.sort().values[min(round(sparsity * len(scores)), len(scores) - 1)]) if sparsity else 0.0
 
 
-def _scaled(thresholds: Mapping[Key, float], told: Mapping[Key, Tensor], options: "LeMo") -> dict[Key, float]:
-    """The thresholds of each kind of site, scaled together to the sparsity asked for."""
-    scaled = dict(thresholds)
+def _shifted(
+    thresholds: Mapping[Key, float], spreads: Mapping[Key, float], told: Mapping[Key, Tensor], options: "LeMo"
+) -> dict[Key, float]:
+    """The thresholds of each kind of site, shifted by as many deviations each, to the sparsity asked for."""
+    shifted = dict(thresholds)
     for site in {site for site, _ in thresholds}:
         keys = [key for key in thresholds if key[0] == site]
-        if options.sparsity(site) is not None:
-            ratio = torch.cat([told[key] / max(thresholds[key], 1e-6) for key in keys])
-            scaled |= {key: thresholds[key] * _quantile(ratio, options.sparsity(site)) for key in keys}
-    return scaled
+        if options.sparsity(site):
+            distance = torch.cat([(told[key] - thresholds[key]) / spreads[key] for key in keys])
+            shift = _quantile(distance, options.sparsity(site))
+            shifted |= {key: max(thresholds[key] + shift * spreads[key], 0.0) for key in keys}
+    return shifted
 
 
-def _refined(model: nn.Module, fitted: Fitted, batch: Tensor, options: "LeMo") -> dict[Key, float]:
+def _refined(
+    model: nn.Module, fitted: Fitted, spreads: Mapping[Key, float], batch: Tensor, options: "LeMo"
+) -> dict[Key, float]:
     """Thresholds after a step along the gradient of the accuracy, by finite differences."""
     from .lemo import apply
 
@@ -183,15 +190,17 @@ def _refined(model: nn.Module, fitted: Fitted, batch: Tensor, options: "LeMo") -
         applied.thresholds = {**fitted.thresholds, key: max(threshold, 0.0)}
         return -float(next_token_loss(model, batch, None))
 
-    moved = dict(fitted.thresholds)
+    rises: dict[Key, float] = {}
     try:
         with evaluating(model):
             for key in fitted.predictors:  # no other choice changes the forward
-                rise = accuracy(key, moved[key] + options.epsilon) - accuracy(key, moved[key] - options.epsilon)
-                moved[key] = max(moved[key] + options.eta * rise / (2 * options.epsilon), 0.0)
+                middle, gap = fitted.thresholds[key], options.epsilon * spreads[key]
+                rises[key] = accuracy(key, middle + gap) - accuracy(key, middle - gap)
     finally:
         applied.remove()
-    return moved
+    steepest = max(map(abs, rises.values()), default=0.0) or 1.0
+    steps = {key: options.eta * spreads[key] * rise / steepest for key, rise in rises.items()}
+    return {key: max(threshold + steps.get(key, 0.0), 0.0) for key, threshold in fitted.thresholds.items()}
 
 
 def _recall(told: Tensor, pairs: Examples, threshold: float) -> float:

@@ -5,8 +5,7 @@ Paper: Wang et al. 2025, https://arxiv.org/abs/2501.09767, Sec. 4.2. Operators: 
 Attention (Eq. 1, 2): scores are ``S_ij = q_i . k_j / sqrt(d)`` before the softmax, of which only positive ones count,
 averaged over heads; a pair of blocks has the largest of its pairs, ``i != j``, and a block the sum over its pairs of
 blocks. Pairs ``i < j``, which a causal model never looks at, are left out, so that a block counts as keys of the later
-blocks and as queries of the earlier ones, as in the authors' code; thresholds
-are in units of the mean score of the text at hand, so that they mean the same for all lengths. Soft caps and sliding windows are ignored.
+blocks and as queries of the earlier ones, as in the authors' code. Soft caps and sliding windows are ignored.
 
 MLP: a token has the mean magnitude of its intermediate activations (what goes into the down projection, after ReLU, or
 gated), a block has that of its largest token. The paper names the activations and no formula.
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .lemo import AppliedLeMo
 
 NAME = "paucity_lemo_record"
-_AT_ONCE = 1 << 19
+_AT_ONCE = 1 << 17
 """Features of a hidden state that go through an MLP at once, to be looked at."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -216,16 +215,16 @@ def run_without_gradient(
     """
     step = max(1, _AT_ONCE // max(1, hidden[:, :block_size].numel())) * block_size
     scores: list[Tensor] = []
-    outputs: list[Tensor] = []
+    output = torch.empty_like(hidden)
     with torch.no_grad():
-        for part, there in zip(torch.split(hidden.detach(), step, 1), torch.split(valid, step, 1), strict=True):
-            note = partial(_note, scores, block_size, there)
-            handle = down.register_forward_pre_hook(note)
+        for first in range(0, hidden.shape[1], step):
+            part = slice(first, first + step)
+            handle = down.register_forward_pre_hook(partial(_note, scores, block_size, valid[:, part]))
             try:
-                outputs.append(mlp.forward(part))
+                output[:, part] = mlp.forward(hidden[:, part])
             finally:
                 handle.remove()
-    return torch.cat(scores, dim=1), torch.cat(outputs, dim=1)
+    return torch.cat(scores, dim=1), output
 
 
 def _note(scores: list[Tensor], block_size: int, valid: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:

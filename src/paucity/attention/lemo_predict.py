@@ -151,6 +151,9 @@ def train_predictor(
         generator: of the first weights.
     """
     device = pairs[0][0].device
+    lengths = sorted({score.shape[1] for _, score in pairs})  # texts of one length are learned together
+    groups = [[pair for pair in pairs if pair[1].shape[1] == length] for length in lengths]
+    pairs = [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups]
     predictor = Predictor(site, pairs[0][0].shape[-1] // 2, options.block_size, options.rank)
     for parameter in predictor.parameters():
         bound = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.0

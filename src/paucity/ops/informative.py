@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_divides, check_int, check_ndim, check_range, check_shape, check_sparsity
 
-_AT_ONCE = 1 << 21
+_AT_ONCE = 1 << 18
 """Scores that are there at once."""
 
 
@@ -113,7 +113,8 @@ def keep_blocks(score: Tensor, there: Tensor, *, threshold: float = 1.0, sparsit
         check_sparsity("keep_blocks", sparsity)
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         kept = rank < count - (count * sparsity).round()
-    return (kept | (score == score.amax(-1, keepdim=True))) & there
+    best = torch.zeros_like(kept).scatter_(-1, score.argmax(dim=-1, keepdim=True), True)
+    return (kept | best) & there
 
 
 def relative_scores(score: Tensor, there: Tensor) -> Tensor:
