@@ -171,13 +171,13 @@ class AppliedLeMo:
 
     Attributes:
         options: those asked for.
-        seen: where it is set, layers compute everything and tell it their exact scores.
+        seen: by site; where it is set, layers compute everything there and tell it their exact scores.
     """
 
     def __init__(self, model: nn.Module, options: LeMo, fitted: "Fitted | None") -> None:
         self.model, self.options, self.fitted = model, options, fitted
         self.thresholds = {} if fitted is None else dict(fitted.thresholds)
-        self.seen: Seen | None = None
+        self.seen: dict[str, Seen] = {}
         self.layers: dict[int, Layer] = {}
         self._norms: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []

@@ -30,6 +30,7 @@ from .lemo_predict import Predictor, block_summary, train_predictor
 if TYPE_CHECKING:
     from .lemo import LeMo
 
+SITES = ("attention", "mlp")
 Key = tuple[str, int]
 """``attention`` or ``mlp``, and the layer."""
 
@@ -100,31 +101,14 @@ class Fitted:
 
 def fit(model: nn.Module, batches: Sequence[Tensor], options: "LeMo") -> Fitted:
     """Train the predictors on the exact scores of ``batches`` and find the thresholds; see `LeMo.fit`."""
-    from .lemo import apply
-
     for batch in batches:
         check_ndim("LeMo.fit", "batches", batch, 2)
     if not any(batch.shape[1] > options.block_size for batch in batches):
         longest = max((batch.shape[1] for batch in batches), default=0)
         raise fail("LeMo.fit", "batches", f"hold a text of over {options.block_size} tokens", f"{longest} at most")
-    device = device_of(model)
-    examples: dict[Key, list[tuple[Tensor, Tensor]]] = {}
-
-    def note(site: str, layer: int, hidden: Tensor, score: Tensor) -> None:
-        everything = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        examples.setdefault((site, layer), []).append(
-            (block_summary(hidden, options.block_size, everything), score.float())
-        )
-
+    batches = [batch.to(device_of(model)) for batch in batches]
     look = options.model_copy(update={"in_eval": True, "segment": None, "recompute_norms": False})
-    applied = apply(model, look)
-    applied.seen = note
-    try:
-        with evaluating(model):
-            for batch in batches:
-                forward(model, batch.to(device), keep=1)
-    finally:
-        applied.remove()
+    examples = _examples(model, look, batches, SITES)
     generator = torch.Generator().manual_seed(options.seed)
     predictors, losses = {}, {}
     for key, pairs in sorted(examples.items()):
@@ -135,14 +119,44 @@ def fit(model: nn.Module, batches: Sequence[Tensor], options: "LeMo") -> Fitted:
     fitted = Fitted(look, predictors, thresholds, {}, losses)
     spreads = {key: max(float(scores.std()), 1e-6) for key, scores in told.items()}
     for _ in range(options.refinements if options.eta else 0):
-        moved = _refined(model, fitted, spreads, batches[0].to(device), options)
+        moved = _refined(model, fitted, spreads, batches[0], options)
         fitted = dataclasses.replace(fitted, thresholds=_shifted(moved, spreads, told, options))
+    if options.attention and options.mlp != "off":  # what MLPs get is another when attention drops tokens
+        found = _examples(model, fitted, batches, ("mlp",))
+        examples |= found
+        told |= {key: _relative(predictors.get(key), pairs) for key, pairs in found.items()}
+        again = {key: _quantile(told[key], options.sparsity("mlp")) for key in found if options.mlp == "backward"}
+        fitted = dataclasses.replace(fitted, thresholds={**fitted.thresholds, **again})
     recall = {key: _recall(told[key], examples[key], fitted.thresholds[key]) for key in told}
     return dataclasses.replace(fitted, options=options, recall=recall)
 
 
 Examples = Sequence[tuple[Tensor, Tensor]]
 """`block_summary` and exact scores of each text."""
+
+
+def _examples(
+    model: nn.Module, how: "LeMo | Fitted", batches: Sequence[Tensor], sites: Sequence[str]
+) -> dict[Key, list[tuple[Tensor, Tensor]]]:
+    """`block_summary` and exact scores of each text at each of ``sites``, where all is computed."""
+    from .lemo import apply
+
+    examples: dict[Key, list[tuple[Tensor, Tensor]]] = {}
+    applied = apply(model, how)
+
+    def note(site: str, layer: int, hidden: Tensor, score: Tensor) -> None:
+        everything = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        summary = block_summary(hidden, applied.options.block_size, everything)
+        examples.setdefault((site, layer), []).append((summary, score.float()))
+
+    applied.seen = dict.fromkeys(sites, note)
+    try:
+        with evaluating(model):
+            for batch in batches:
+                forward(model, batch, keep=1)
+    finally:
+        applied.remove()
+    return examples
 
 
 def _relative(predictor: Predictor | None, pairs: Examples) -> Tensor:

@@ -67,7 +67,7 @@ class Layer:
         valid = self._valid = valid_tokens(mask, hidden)
         if not self.owner.options.attention:
             return args, kwargs
-        predictor, observer = self.owner.predictor("attention", self.layer), self.owner.seen
+        predictor, observer = self.owner.predictor("attention", self.layer), self.owner.seen.get("attention")
         if predictor is not None and observer is None:
             score = predictor.score(hidden, valid)
         else:
@@ -101,7 +101,7 @@ class Layer:
         valid = self._valid
         if valid is None or valid.shape != hidden.shape[:2]:
             raise InputError(f"lemo: MLP must get states [B, T, C] after its attention, got {list(hidden.shape)}.")
-        predictor, observer = self.owner.predictor("mlp", self.layer), self.owner.seen
+        predictor, observer = self.owner.predictor("mlp", self.layer), self.owner.seen.get("mlp")
         whole = self.owner.options.mlp == "backward"
         if whole and not torch.is_grad_enabled() and observer is None:
             return None
