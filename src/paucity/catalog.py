@@ -23,7 +23,6 @@ class Method:
         ops: names of the shared operators and kernels that it stands on.
         claims: names of the reproduced claims.
         package: the package that holds all this; a plug-in names its own.
-        step: whether a recipe can use it as a step.
     """
 
     target: str
@@ -33,7 +32,6 @@ class Method:
     ops: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     package: str = "paucity"
-    step: bool = True
 
     def load(self) -> Any:
         """The object at `target`, imported now."""
@@ -59,7 +57,6 @@ METHODS: dict[str, Method] = {
     "grid": Method("attention.grid:Grid", family="attention", paper="2504.16083", title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation Sparse Attention", ops=("topk_mask", "sparse_attention")),
     "hierarchical": Method("attention.hierarchical:Hierarchical", family="attention", paper="2406.09827", title="A Training-Free Sub-Quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention", ops=("tree_select", "sparse_attention"), claims=("hip-beats-window", "hip-scaling")),
     "hyper": Method("attention.hyper:Hyper", family="attention", paper="2310.05869", title="HyperAttention: Long-context Attention in Near-Linear Time", ops=("hyperplane_codes", "gray_rank", "sparse_attention", "merge_attention"), claims=("hyper-scaling",)),
-    "lemo": Method("attention.lemo:LeMo", family="attention", paper="2501.09767", title="LeMo: Enabling LEss Token Involvement for MOre Context Fine-tuning", ops=("block_informativeness", "activation_informativeness", "keep_blocks", "subset", "segment_loss"), claims=("lemo-memory",), step=False),
     "longgen": Method("attention.longgen:LongGen", family="attention", paper="2410.01485", title="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts", ops=("num_kept", "sparse_attention"), claims=("longgen-hybrid",)),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "minference": Method("attention.minference:MInference", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("line_lists", "sparse_attention")),
