@@ -45,7 +45,7 @@ class SegmentedLoss:
         self._checked = False
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.base_model.register_forward_hook(self._after_base),
+            model.get_decoder().register_forward_hook(self._after_base),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
@@ -71,8 +71,10 @@ class SegmentedLoss:
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         labels, hidden = self._labels, self._hidden
         self._labels = self._hidden = None
-        if labels is None or hidden is None:
+        if labels is None:
             return None
+        if hidden is None:
+            raise InputError(f"SegmentedLoss: model must run its decoder, got {type(model).__name__}, which does not.")
         self._check(hidden[:, -1], output[0][:, -1])
         target = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].flatten().to(hidden.device)
         total = segment_loss(
