@@ -12,7 +12,11 @@ dense training whose loss is segmented too (what the elimination alone brings), 
 the paper leaves out: at this size it takes less memory than LeMo, for more time, and the two add up.
 
 The verdict is less memory than dense training, also with its loss in segments, at a perplexity at most 5.1 % above
-that of dense tuning and below that of the model before.
+that of dense tuning and below that of the model before. On the embedded model it does not hold: memory falls as the
+paper says, the loss is not as good. Of five layers none can spare the attention of a third of its tokens (the loss that
+is trained on starts at twice the dense one), scores of blocks hardly differ, and what tuning then learns is to make up
+for it, which the dense model has no use for. With the MLPs alone (``lemo_mlp_alone``) it tunes about as well as dense,
+with most of the memory gone that LeMo saves.
 """
 
 import copy
@@ -71,7 +75,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     lengths = [length] if quick else [length, min(LONG, limit, len(ids))]
     memory = {size: _memory(base, plans, ids[None, :size], peers=size == length and not quick) for size in lengths}
     less = all(peaks["lemo"] < min(peaks["dense"], peaks["dense, segmented loss"]) for peaks in memory.values())
-    as_good = ratios["lemo"] <= WORSE and means["lemo"] < before
+    as_good = {name: ratio <= WORSE and means[name] < before for name, ratio in ratios.items()}
     return ClaimResult(
         claim=NAME,
         paper=CLAIMS[NAME].paper,
@@ -88,7 +92,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
             "less_memory": less,
             "as_good": as_good,
         },
-        holds=less and as_good,
+        holds=less and as_good["lemo"],
         seconds=time.monotonic() - started,
         seed=seed,
         settings={
