@@ -14,7 +14,7 @@ the paper leaves out: at this size it takes less memory than LeMo, for more time
 The verdict is less memory than dense training, also with its loss in segments, at a perplexity at most 5.1 % above
 that of dense tuning and below that of the model before. On the embedded model it does not hold: memory falls as the
 paper says, the loss is not as good. Of five layers none can spare the attention of a third of its tokens (the loss that
-is trained on starts at twice the dense one), scores of blocks hardly differ, and what tuning then learns is to make up
+is trained on starts far above the dense one), scores of blocks hardly differ, and what tuning then learns is to make up
 for it, which the dense model has no use for. With the MLPs alone (``lemo_mlp_alone``) it tunes about as well as dense,
 with most of the memory gone that LeMo saves.
 """
