@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import InputError, check_choice
+from .checks import InputError, check_choice, fail
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Method:
         ops: names of the shared operators and kernels that it stands on.
         claims: names of the reproduced claims.
         package: the package that holds all this; a plug-in names its own.
+        step: whether a recipe can use it as a step; one that cannot is called from Python.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Method:
     ops: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     package: str = "paucity"
+    step: bool = True
 
     def load(self) -> Any:
         """The object at `target`, imported now."""
@@ -39,7 +41,15 @@ class Method:
         return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
 
     def installer(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """``(options_for, apply_step)`` of the family's ``apply`` module, imported now."""
+        """``(options_for, apply_step)`` of the family's ``apply`` module, imported now.
+
+        Raises:
+            InputError: if the method is no step of a recipe.
+        """
+        if not self.step:
+            raise fail(
+                "recipe", "method", "be one that a recipe can use", f"{self.target}, which is called from Python"
+            )
         module = importlib.import_module(f"{self.package}.{self.family}.apply")
         return module.options_for, module.apply_step
 
@@ -66,6 +76,7 @@ METHODS: dict[str, Method] = {
     "power": Method("attention.power:Power", family="attention", paper="2503.03588", title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention", ops=("is_power_of_two", "text_mask", "sparse_attention"), claims=("power-receptive-field",)),
     "refined_budgets": Method("attention.refine:RefinedBudgets", family="attention", paper="2501.15383", title="Qwen2.5-1M Technical Report", ops=("topk_indices", "sparse_attention", "merge_attention")),
     "sharded": Method("attention.sharded:Sharded", family="attention", paper="2407.17678", title="S2-Attention: Hardware-Aware Context Sharding Among Attention Heads", ops=("is_strided", "text_mask", "sparse_attention"), claims=("sharded-union",)),
+    "shared_llm": Method("attention.shared_llm:SharedLLM", family="attention", paper="2410.19318", title="Two are better than one: Context window extension with multi-grained self-injection", claims=("sharedllm-extends-context",), step=False),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
     "spans": Method("attention.spans:Spans", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("sparse_attention",)),
     "teal": Method("activations.teal:teal_mask", family="activations", paper="2408.14690", title="Training-Free Activation Sparsity in Large Language Models", ops=("threshold_mask", "topk_mask", "greedy"), claims=("wina-beats-teal",)),

@@ -15,8 +15,9 @@ FAMILY = "attention"
 
 
 def methods() -> dict[str, catalog.Method]:
-    """The attention methods of the catalogue, those of plug-ins included."""
-    return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY}
+    """The attention methods of the catalogue that are steps of a recipe, those of plug-ins included."""
+    steps = ((name, method) for name, method in sorted(catalog.METHODS.items()) if method.step)
+    return {name: method for name, method in steps if method.family == FAMILY}
 
 
 def options_for(method: str) -> type[PrefillPolicy] | type[PolicySearch]:
