@@ -25,6 +25,7 @@ from .power import Power
 from .prompt import Prompt
 from .refine import RefinedBudgets
 from .sharded import Sharded
+from .shared_llm import SharedLLM, SharedOptions, SharedTraining
 from .sink_window import SinkWindow
 from .spans import Spans
 from .telemetry import LayerTelemetry, observe
@@ -63,6 +64,9 @@ __all__ = [
     "Prompt",
     "RefinedBudgets",
     "Sharded",
+    "SharedLLM",
+    "SharedOptions",
+    "SharedTraining",
     "SinkWindow",
     "Spans",
     "TriShape",
