@@ -238,6 +238,23 @@ def test_steps_do_not_depend_on_how_a_batch_is_divided(tiny_model):
         torch.testing.assert_close(logits, found[0][1], atol=1e-3, rtol=1e-3)
 
 
+def test_bfloat16_forwards_learn_the_same(tiny_model):
+    model, windows = tiny_model("llama"), text(44, batch=4)
+    options = {"running_length": 12, "batch_size": 4, "micro_batch": 4, "num_steps": 16, "learning_rate": 1e-2}
+    found = []
+    for autocast in (False, True):
+        losses = SharedLLM(model, SMALL).fit(windows, SharedTraining(autocast=autocast, **options))
+        found.append(torch.tensor(losses))
+    assert found[0][-1] < found[0][0] - 0.15
+    torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0)
+
+
+def test_a_sliding_window_does_not_cut_nodes(tiny_model):
+    options = SharedOptions(num_layers=2, chunk_size=80, ratios=[2, 1])
+    memory = SharedLLM(tiny_model("mistral"), options).compress(text(160))  # nodes of 40 tokens, a window of 16
+    assert memory.num_kept == 2 * (20 + 20 + 20) == 2 * compressed_length(80, [2, 1])
+
+
 def test_saved_and_loaded(tiny_model, tmp_path):
     model = tiny_model("llama")
     shared = SharedLLM(model, SMALL)
@@ -273,6 +290,8 @@ def test_bad_input_is_refused(tiny_model):
         shared.compress(text(20, batch=2), text(4))
     with pytest.raises(InputError, match="context must have 2 texts, got 1"):
         shared(text(5, batch=2), text(20))
+    with pytest.raises(InputError, match="context must be compressed in 1 layers, got 2"):
+        shared(text(5), SharedLLM(model, SMALL.model_copy(update={"num_layers": 2})).compress(text(20)))
     with pytest.raises(InputError, match=r"length of windows must be in \[13, inf\)"):
         shared.fit(text(12), SharedTraining(running_length=12))
     for wrong in ({"ratios": []}, {"ratios": [0]}, {"chunk_size": 4, "ratios": [4, 2, 1]}, {"other": 1}):

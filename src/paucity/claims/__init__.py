@@ -77,6 +77,12 @@ CLAIMS: dict[str, Claim] = {
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
     ),
+    "sharedllm-extends-context": Claim(
+        "sharedllm_extends_context",
+        "2410.19318",
+        "Trained on short contexts, SharedLLM gains from ones 16 times as long, at less time and memory than full "
+        "attention takes.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",

@@ -19,7 +19,8 @@ Left out: padding in the context, and training of the lower model.
 """
 
 from .inject import Memory, TreeCrossAttention
-from .model import SharedLLM, SharedOptions
+from .model import SharedLLM
+from .options import SharedOptions
 from .train import SharedTraining
 from .tree import Nodes, compressed_length, grow
 

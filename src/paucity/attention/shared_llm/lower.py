@@ -67,7 +67,7 @@ class LowerModel:
         levels = []
         for nodes in grow(flat, self.ratios, choose, noise):
             ids = flat.gather(1, nodes.positions.flatten(1)).view(-1, nodes.positions.shape[-1])
-            cache = DynamicCache(config=self.view.config)
+            cache = DynamicCache()  # not of the configuration, by which a sliding window would drop keys
             self.view(input_ids=ids, past_key_values=cache, use_cache=True)
             levels.append(
                 [self._read(cache, index, nodes.kept, batch, count, first) for index in range(len(self.rotary))]

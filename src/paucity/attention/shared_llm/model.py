@@ -12,53 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...checks import check_ndim, check_shape, fail
 from ...measure.tokens import Progress, device_of
-from ..rotary import Rotary, find_rotary
-from .inject import Memory, Start, TreeCrossAttention, injected
+from .inject import Memory, TreeCrossAttention, injected
 from .lower import LowerModel, compress
+from .options import SharedOptions, rotary_of
 from .train import SharedTraining, train
 
 WEIGHTS, OPTIONS = "shared_llm.safetensors", "shared_llm.json"
-_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-
-
-class SharedOptions(BaseModel):
-    """Options of ``shared_llm``; the defaults are the paper's for language modelling.
-
-    Attributes:
-        num_layers: ``M``, layers of the lower model, and of the upper one that read its keys (the paper has 4 of 32
-            here, and 16 for instructions).
-        chunk_size: tokens of a chunk (512 for instructions).
-        ratios: compression ratio of each level of a tree, coarsest first; their number is the height of the tree.
-        start: what the output projection of the cross-attention starts from, see `TreeCrossAttention`.
-        parallel_chunks: chunks of each text that the lower model reads at a time; None is all.
-        seed: of what starts at random.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    num_layers: int = Field(4, ge=1)
-    chunk_size: int = Field(1024, ge=2)
-    ratios: list[int] = Field([16, 8, 4], min_length=1)
-    start: Start = "zero"
-    parallel_chunks: int | None = Field(None, ge=1)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _tree_fits(self) -> "SharedOptions":
-        if min(self.ratios) < 1:
-            raise fail("shared_llm", "ratios", "be at least 1 each", self.ratios)
-        if 2 ** len(self.ratios) > self.chunk_size:
-            raise fail("shared_llm", "chunk_size", f"be at least 2 ** {len(self.ratios)} levels", self.chunk_size)
-        return self
 
 
 class SharedLLM(nn.Module):
@@ -78,7 +46,7 @@ class SharedLLM(nn.Module):
     def __init__(self, model: nn.Module, options: SharedOptions | None = None) -> None:
         super().__init__()
         self.options = options or SharedOptions()
-        rotary = _check_model(model, self.options.num_layers)
+        rotary = rotary_of(model, self.options.num_layers)
         self.upper: Any = copy.deepcopy(model)
         if self.upper.dtype in (torch.bfloat16, torch.float16):
             self.upper.float()
@@ -182,6 +150,8 @@ class SharedLLM(nn.Module):
         memory = context if isinstance(context, Memory) else self.compress(context)
         if memory.keys[0].shape[0] != batch:
             raise fail("reading", "context", f"have {batch} texts", memory.keys[0].shape[0])
+        if len(memory.keys) != len(self.crosses):
+            raise fail("reading", "context", f"be compressed in {len(self.crosses)} layers", len(memory.keys))
         return injected(self.layers, list(self.crosses), memory)
 
     def fit(
@@ -227,20 +197,3 @@ class SharedLLM(nn.Module):
             raise fail("load", "model", "be the one that was saved", f"{type(model).__name__} of other layers or sizes")
         shared.load_state_dict(weights, strict=False)
         return shared
-
-
-def _check_model(model: nn.Module, num_layers: int) -> list[Rotary]:
-    """How the first layers turn positions; InputError where the model cannot be injected into."""
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    layers = getattr(decoder, "layers", None)
-    if layers is None or any({name for name, _ in layer.named_children()} != _PARTS for layer in layers):
-        raise fail("SharedLLM", "model", "be a causal language model laid out as Llama is", type(model).__name__)
-    if not all(hasattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "o_proj", "head_dim")):
-        raise fail("SharedLLM", "model", "have query and output projections of its own", type(model).__name__)
-    if num_layers > len(layers):
-        raise fail("SharedLLM", "num_layers", f"be at most the model's {len(layers)} layers", num_layers)
-    found = [find_rotary(model, index) for index in range(num_layers)]
-    rotary = [turn for turn in found if turn is not None]
-    if len(rotary) < num_layers:
-        raise fail("SharedLLM", "model", "have rotary embeddings of a kind known", type(model).__name__)
-    return rotary
