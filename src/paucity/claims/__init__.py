@@ -80,8 +80,8 @@ CLAIMS: dict[str, Claim] = {
     "sharedllm-extends-context": Claim(
         "sharedllm_extends_context",
         "2410.19318",
-        "Trained on short contexts, SharedLLM gains from ones 16 times as long, at less time and memory than full "
-        "attention takes.",
+        "Trained on short contexts, SharedLLM predicts after ones 16 times as long better than without them and than a "
+        "streaming window of equal memory, at less time and memory than full attention.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

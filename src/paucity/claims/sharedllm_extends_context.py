@@ -7,14 +7,19 @@ full attention.
 Here the embedded model has a window of 256 tokens, the running text, in place of its own. The cross-attention alone is
 trained (as in the authors' code, so that without a context the model is exactly what it was) for a minute on contexts
 of 1,024 tokens, and reads contexts of up to 16,384 of source that the model has never seen, 16 times as long. `holds`
-says that at every context longer than those of the training the running text is predicted better than without a
-context, and better than with one from another place, which tells a memory from a habit (both intervals over texts lie
-above 0), and that reading the longest takes less time and memory than full attention.
+says that all of ``parts`` do:
 
-In the full run full attention stands beside it, and two streaming windows with sinks: one as wide as the running text,
-and one that holds as many keys and values as SharedLLM. They have read the text before with all layers and without a
-break, and predict better here: what this model learns from a text stands in the few hundred tokens before. So the
-paper's order of SharedLLM and StreamingLLM is not reproduced, and not part of `holds`; it is in ``measured``.
+- at every context longer than those of the training the running text is predicted better than without a context;
+- and better than with one from another place, which tells a memory from a habit;
+- and better than by a streaming window with sinks that holds as many keys and values as SharedLLM at the longest (for
+  all three, the interval over texts lies above 0);
+- reading the longest takes less time and less memory than full attention.
+
+It does not hold as a whole: the streaming window predicts better, even one as wide as the running text. It has read the
+text before with all layers and without a break, and what this model learns from a text stands in the few hundred tokens
+before. The other parts hold: the context is extended, at an eighth of the keys. The paper trains on 20 billion tokens,
+this on 160,000, and its figures are for the last 256 tokens of running texts of thousands, where the embedded model,
+which reads 4,096 tokens no better than 2,048, has little to gain.
 """
 
 import math
@@ -56,19 +61,19 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     """Train the injection, then measure the loss of running texts after contexts of several lengths.
 
     Args:
-        quick: fewer steps and texts, contexts half as long, and nothing beside.
+        quick: fewer steps, texts and lengths, contexts half as long, and of full attention the cost alone.
         seed: of the training's texts and their order, and of the places of the texts measured.
         loaded: the model, the embedded one if not given.
     """
     started = time.monotonic()
     loaded = loaded or load("embedded")
     ids = torch.tensor(encode(loaded.need_tokenizer(NAME), held_out_python())).to(device_of(loaded.model))
-    steps, count, longest = (24, 8, LONGEST // 2) if quick else (80, 16, LONGEST)
+    steps, count, longest = (16, 6, LONGEST // 2) if quick else (80, 16, LONGEST)
     unit = min(UNIT, 2 ** int(math.log2(len(ids) // (longest + 2))))
     shared, training = _trained(loaded, unit, steps, seed)
     trained_in = time.monotonic() - started
 
-    lengths = [TRAINED * unit * 4**i for i in range(8) if TRAINED * 4**i < longest] + [longest * unit]
+    lengths = [unit * size for size in ((TRAINED, longest) if quick else (TRAINED, 4 * TRAINED, longest))]
     rng = random.Random(seed)
     places = [rng.randrange(lengths[-1], len(ids) - unit + 1) for _ in range(count)]
     others = [lengths[-1] + (place + len(ids) // 2) % (len(ids) - unit - lengths[-1] + 1) for place in places]
@@ -77,18 +82,22 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         logits = partial(_shared_logits, shared, ids, unit, length)
         losses[f"after_{length}"] = _losses(logits, ids, unit, places, places)
         losses[f"after_{length}_of_another_place"] = _losses(logits, ids, unit, places, others)
+    memory, few = shared.compress(ids[None, -unit - lengths[-1] : -unit]), 0 if quick else 2
+    window = unit + memory.num_kept * len(shared.crosses) // len(shared.layers)
+    losses |= _beside(loaded, ids, unit, places, lengths[-1], window, few=few)
+    if few:
+        losses[f"after_{lengths[-1]}_of_{few}_texts"] = losses[f"after_{lengths[-1]}"][:few]
     gains = {
         name: {str(length): _interval(losses[against.format(length)], losses[f"after_{length}"]) for length in lengths}
         for name, against in (
             ("over_running_text_alone", "running_text_alone"),
             ("over_context_of_another_place", "after_{}_of_another_place"),
+            ("over_streaming_of_equal_memory", "streaming_of_equal_memory"),
         )
     }
-    memory = shared.compress(ids[None, -unit - lengths[-1] : -unit])
-    window = unit + memory.num_kept * len(shared.crosses) // len(shared.layers)
-    beside = {} if quick else _beside(loaded, ids, unit, places, lengths[-1], window)
-    costs = _costs(loaded.model, shared, ids[-unit - lengths[-1] :], unit, repeats=1 if quick else 2)
-    beyond = [gain[str(length)]["low"] for gain in gains.values() for length in lengths[1:]]
+    costs = _costs(loaded.model, shared, ids[-unit - lengths[-1] :], unit)
+    parts = {f"gain_{name}": all(gain[str(n)]["low"] > 0 for n in lengths[1:]) for name, gain in gains.items()}
+    parts |= {f"fewer_{name}": cost["shared_llm"] < cost["full_attention"] for name, cost in costs.items()}
     return ClaimResult(
         claim=NAME,
         paper=CLAIMS[NAME].paper,
@@ -102,13 +111,12 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         measured={
             "gain_in_nats_per_token": gains,
             "nats_per_token": {name: mean(rows) for name, rows in losses.items()},
-            "nats_per_token_beside": {name: mean(rows) for name, rows in beside.items()},
+            "parts": parts,
             "reading_the_longest": costs,
             "kept_share_of_keys": memory.num_kept / memory.num_tokens,
             "training": {"seconds": trained_in, "first": mean(training[:8]), "last": mean(training[-8:])},
         },
-        holds=all(low is not None and low > 0 for low in beyond)
-        and all(cost["shared_llm"] < cost["full_attention"] for cost in costs.values()),
+        holds=all(parts.values()),
         seconds=time.monotonic() - started,
         seed=seed,
         settings={
@@ -173,29 +181,29 @@ def _plain_logits(model: nn.Module, ids: Tensor, unit: int, length: int, place: 
 
 
 def _beside(
-    loaded: Loaded, ids: Tensor, unit: int, places: Sequence[int], longest: int, window: int, few: int = 2
+    loaded: Loaded, ids: Tensor, unit: int, places: Sequence[int], longest: int, window: int, *, few: int
 ) -> dict[str, list[float]]:
-    """Full attention, at the length that the model knows and at the longest (of ``few`` texts), and streaming windows.
+    """Streaming windows, and full attention at the length that the model knows and, of ``few`` texts, at the longest.
 
-    These read as far back as the model knows: what is before that cannot matter to them.
+    Streaming windows read as far back as the model knows; what is before that can hardly matter to them.
     """
     known = TRAINED_ON.get(loaded.source) or context_length(loaded.model) or 4096
     own = partial(_plain_logits, loaded.model, ids, unit, min(longest, known - unit))
-    far = partial(_plain_logits, loaded.model, ids, unit, longest)
-    found = {
-        "full_attention_at_the_length_of_its_training": _losses(own, ids, unit, places, places),
-        f"full_attention_after_{longest}_of_{few}_texts": _losses(far, ids, unit, places[:few], places[:few]),
-    }
+    found = {}
     for name, width in (("as_wide_as_the_running_text", unit), ("of_equal_memory", window)):
         applied = apply(loaded.model, SinkWindow(num_sinks=SINKS, window_size=width - SINKS, min_length=0))
         try:
             found[f"streaming_{name}"] = _losses(own, ids, unit, places, places)
         finally:
             applied.remove()
+    if few:
+        far = partial(_plain_logits, loaded.model, ids, unit, longest)
+        found["full_attention_at_the_length_of_its_training"] = _losses(own, ids, unit, places, places)
+        found[f"full_attention_after_{longest}_of_{few}_texts"] = _losses(far, ids, unit, places[:few], places[:few])
     return found
 
 
-def _costs(model: nn.Module, shared: SharedLLM, ids: Tensor, unit: int, *, repeats: int) -> dict[str, dict[str, float]]:
+def _costs(model: nn.Module, shared: SharedLLM, ids: Tensor, unit: int) -> dict[str, dict[str, float]]:
     """Seconds and peak megabytes of reading all of ``ids``, up to the logits of the last token and a cache."""
 
     def full() -> None:
@@ -206,7 +214,7 @@ def _costs(model: nn.Module, shared: SharedLLM, ids: Tensor, unit: int, *, repea
         with evaluating(shared):
             shared(ids[None, -unit:], ids[None, :-unit], use_cache=True, logits_to_keep=1)
 
-    timing = time_interleaved({"full_attention": full, "shared_llm": compressed}, repeats=repeats, warmup=0)
+    timing = time_interleaved({"full_attention": full, "shared_llm": compressed}, repeats=1, warmup=0)
     return {
         "seconds": {name: times.median for name, times in timing.timings.items()},
         "peak_megabytes": {

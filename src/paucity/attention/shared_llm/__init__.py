@@ -18,19 +18,9 @@ learns too (there only the cross-attention).
 Left out: padding in the context, and training of the lower model.
 """
 
-from .inject import Memory, TreeCrossAttention
+from .inject import Memory
 from .model import SharedLLM
 from .options import SharedOptions
 from .train import SharedTraining
-from .tree import Nodes, compressed_length, grow
 
-__all__ = [
-    "Memory",
-    "Nodes",
-    "SharedLLM",
-    "SharedOptions",
-    "SharedTraining",
-    "TreeCrossAttention",
-    "compressed_length",
-    "grow",
-]
+__all__ = ["Memory", "SharedLLM", "SharedOptions", "SharedTraining"]
