@@ -5,9 +5,11 @@ from .ppd import TypicalAcceptance, measure_tree_latency, prompt_decode
 from .prompt_tokens import PromptTokens, accept_probabilities, train_prompt_tokens
 from .result import Speculation
 from .sparse_tree import DynamicTree, TreeState, dynamic_tree, hardware_aware_tree
+from .speculate import Drafting, speculate
 from .tree import tree_attention, tree_mask, tree_positions
 
 __all__ = [
+    "Drafting",
     "DynamicTree",
     "PromptTokens",
     "Speculation",
@@ -20,6 +22,7 @@ __all__ = [
     "measure_tree_latency",
     "prompt_decode",
     "random_tree",
+    "speculate",
     "static_tree",
     "train_prompt_tokens",
     "tree_attention",

@@ -17,6 +17,7 @@ the chain of states finds them, so that a prompt token is worth what it gains in
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,13 @@ class TreeState:
     def size(self, num_ensemble: int = 1) -> int:
         """Tokens of a forward pass, with so many embeddings for each prompt token."""
         return len(self.paths) + num_ensemble * sum(self.prompts)
+
+
+class _Way(NamedTuple):
+    """Candidates with their chances to be right, and to be the last that is."""
+
+    paths: list[tuple[Path, float]]
+    last: list[float]
 
 
 @dataclass(frozen=True)
@@ -129,15 +137,14 @@ def dynamic_tree(accept: Tensor, size: int, *, num_ensemble: int = 1, max_rounds
     check_int("dynamic_tree", "num_ensemble", num_ensemble)
     ways = [_ways(accept, depth, size) for depth in range(len(accept) + 1)]
     worth = [float(k) for k in range(len(accept) + 1)]
-    best: DynamicTree | None = None
+    states, expected = [TreeState(((),), (0,))] * len(ways), 1.0
     for _ in range(max_rounds):
-        states = [_best_state(found, worth, size, num_ensemble) for found in ways]
-        expected, worth = evaluate(accept, states)
-        if best is not None and expected <= best.expected + 1e-9:
+        better = [_best_state(*both, worth, size, num_ensemble) for both in zip(ways, states, strict=True)]
+        if better == states:
             break
-        best = DynamicTree(tuple(states), expected)
-    assert best is not None
-    return best
+        states = better
+        expected, worth = evaluate(accept, states)
+    return DynamicTree(tuple(states), expected)
 
 
 def hardware_aware_tree(accept: Tensor, latency: Mapping[int, float], *, num_ensemble: int = 1) -> DynamicTree:
@@ -190,22 +197,25 @@ def check_accept(name: str, accept: Tensor) -> Tensor:
     return accept.sort(dim=1, descending=True).values
 
 
-def _ways(accept: Tensor, depth: int, size: int) -> list[tuple[list[tuple[Path, float]], list[float]]]:
-    """The best candidates of every number up to ``size``, with the chances of being the last."""
+def _ways(accept: Tensor, depth: int, size: int) -> list[_Way]:
+    """The best candidates of every number up to ``size``."""
     paths = best_paths(accept, depth, size)
-    return [(paths[:count], last_accepted(paths[:count])) for count in range(1, len(paths) + 1)]
+    return [_Way(paths[:count], last_accepted(paths[:count])) for count in range(1, len(paths) + 1)]
 
 
-def _best_state(
-    ways: list[tuple[list[tuple[Path, float]], list[float]]], worth: list[float], size: int, num_ensemble: int
-) -> TreeState:
-    best, state = -1.0, TreeState(((),), (0,))
-    for paths, last in ways:
-        prompts = place_prompts(last, worth, (size - len(paths)) // num_ensemble)
-        gained = sum(chance for _, chance in paths)
-        later = sum(chance * worth[k] for chance, k in zip(last, prompts, strict=True))
-        if gained + later > best:
-            best, state = gained + later, TreeState(tuple(path for path, _ in paths), tuple(prompts))
+def _best_state(ways: list[_Way], now: TreeState, worth: list[float], size: int, num_ensemble: int) -> TreeState:
+    """The tree that gains most, with what the next state is worth; the one of now unless another is better."""
+
+    def gain(way: _Way, prompts: Sequence[int]) -> float:
+        later = sum(chance * worth[k] for chance, k in zip(way.last, prompts, strict=True))
+        return sum(chance for _, chance in way.paths) + later
+
+    # What is there now has the best candidates of its number too.
+    best, state = gain(ways[len(now.paths) - 1], now.prompts), now
+    for way in ways:
+        prompts = place_prompts(way.last, worth, (size - len(way.paths)) // num_ensemble)
+        if (gained := gain(way, prompts)) > best + 1e-12:
+            best, state = gained, TreeState(tuple(path for path, _ in way.paths), tuple(prompts))
     return state
 
 
