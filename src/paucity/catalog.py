@@ -23,6 +23,7 @@ class Method:
         ops: names of the shared operators and kernels that it stands on.
         claims: names of the reproduced claims.
         package: the package that holds all this; a plug-in names its own.
+        step: whether a recipe can use it as a step.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Method:
     ops: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     package: str = "paucity"
+    step: bool = True
 
     def load(self) -> Any:
         """The object at `target`, imported now."""
@@ -64,7 +66,9 @@ METHODS: dict[str, Method] = {
     "neighbourhood": Method("attention.neighbourhood:Neighbourhood", family="attention", paper="2504.16922", title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light", ops=("neighbourhood_mask", "simulate_speedup", "sparse_attention"), claims=("gna-simulator",)),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "power": Method("attention.power:Power", family="attention", paper="2503.03588", title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention", ops=("is_power_of_two", "text_mask", "sparse_attention"), claims=("power-receptive-field",)),
+    "ppd": Method("attention.speculation:prompt_decode", family="attention", paper="2405.18628", title="Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference", ops=("sparse_attention",), claims=("ppd-accepts-more",), step=False),
     "refined_budgets": Method("attention.refine:RefinedBudgets", family="attention", paper="2501.15383", title="Qwen2.5-1M Technical Report", ops=("topk_indices", "sparse_attention", "merge_attention")),
+    "self_speculation": Method("attention.speculation:speculate", family="attention", paper="2408.11049", title="MagicDec: Breaking the Latency-Throughput Tradeoff for Long Context Generation with Speculative Decoding", ops=("decode_attention",), step=False),
     "sharded": Method("attention.sharded:Sharded", family="attention", paper="2407.17678", title="S2-Attention: Hardware-Aware Context Sharding Among Attention Heads", ops=("is_strided", "text_mask", "sparse_attention"), claims=("sharded-union",)),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
     "spans": Method("attention.spans:Spans", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("sparse_attention",)),

@@ -103,7 +103,7 @@ def test_bad_input(tiny_model):
     query = torch.randn(1, 2, 3, 4)
     with pytest.raises(InputError, match=r"parents must come before their children, got \[0, 1, 4\]"):
         tree_attention(query, torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.tensor([0, 1, 4]))
-    with pytest.raises(InputError, match="parents must be torch.int64"):
+    with pytest.raises(InputError, match=r"parents must be torch\.int64"):
         tree_mask(torch.zeros(3), 5)
     with pytest.raises(InputError, match="num_keys must be at least 3"):
         tree_mask(torch.tensor([-1, -1, -1]), 2)

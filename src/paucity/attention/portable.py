@@ -15,8 +15,8 @@ FAMILY = "attention"
 
 
 def methods() -> dict[str, catalog.Method]:
-    """The attention methods of the catalogue, those of plug-ins included."""
-    return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY}
+    """The attention methods of the catalogue that a recipe can use as a step, those of plug-ins included."""
+    return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY and method.step}
 
 
 def options_for(method: str) -> type[PrefillPolicy] | type[PolicySearch]:

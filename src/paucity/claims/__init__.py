@@ -72,6 +72,11 @@ CLAIMS: dict[str, Claim] = {
         "2503.03588",
         "What PowerAttention reaches doubles with every layer; a window of equal cost reaches its own length farther.",
     ),
+    "ppd-accepts-more": Claim(
+        "ppd_accepts_more",
+        "2405.18628",
+        "With trained prompt tokens, a dynamic sparse tree accepts more tokens a pass than other trees, losslessly.",
+    ),
     "sharded-union": Claim(
         "sharded_union",
         "2407.17678",

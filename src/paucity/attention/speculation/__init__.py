@@ -1,10 +1,18 @@
-"""Speculative decoding without a second model: a sparse draft of the same model, or prompt tokens in a sparse tree."""
+"""Speculative decoding without a second model: several tokens for each pass, none of them lost.
 
+- `speculate`: the model with sparse attention drafts, the dense model verifies. MagicDec, Chen et al. 2024,
+  https://arxiv.org/abs/2408.11049; TriForce, Sun et al. 2024, https://arxiv.org/abs/2404.11912.
+- `prompt_decode`: trained prompt tokens guess ahead, and a dynamic sparse tree of guesses is verified in one pass. PPD,
+  Chen et al. 2024, https://arxiv.org/abs/2405.18628.
+"""
+
+from .candidates import TreeState
 from .fixed_trees import full_tree, random_tree, static_tree
-from .ppd import TypicalAcceptance, measure_tree_latency, prompt_decode
+from .latency import measure_tree_latency
+from .ppd import TypicalAcceptance, prompt_decode
 from .prompt_tokens import PromptTokens, accept_probabilities, train_prompt_tokens
 from .result import Speculation
-from .sparse_tree import DynamicTree, TreeState, dynamic_tree, hardware_aware_tree
+from .sparse_tree import DynamicTree, dynamic_tree, hardware_aware_tree
 from .speculate import Drafting, speculate
 from .tree import tree_attention, tree_mask, tree_positions
 

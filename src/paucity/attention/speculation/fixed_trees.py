@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int
-from .sparse_tree import DynamicTree, Path, TreeState, best_paths, check_accept, evaluate
+from .candidates import Path, TreeState, best_paths, check_accept
+from .sparse_tree import DynamicTree, evaluate
 
 
 def static_tree(accept: Tensor, size: int, *, num_ensemble: int = 1) -> DynamicTree:

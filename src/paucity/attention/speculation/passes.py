@@ -159,7 +159,5 @@ def attention(
         padding = None if bool((attention_mask > 0).all()) else (attention_mask > 0).expand(len(query), -1)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     pattern = tree.pattern(key.shape[2], window)
-    out = sparse_attention(
-        query, key, value, pattern, scale=scale, softcap=softcap, padding=padding, causal=False
-    )
+    out = sparse_attention(query, key, value, pattern, scale=scale, softcap=softcap, padding=padding, causal=False)
     return out.transpose(1, 2).contiguous(), None

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ...checks import check_int, check_ndim, fail
-from ...measure.cost import time_interleaved
 from ...measure.tokens import check_context, device_of, evaluating
+from .candidates import TreeState
 from .passes import keep_path, text_pass, tree_pass, tree_passes
 from .prompt_tokens import PromptTokens
 from .result import Speculation, end_tokens
-from .sparse_tree import DynamicTree, TreeState
+from .sparse_tree import DynamicTree
 
 
 class TypicalAcceptance(BaseModel):
@@ -43,7 +43,8 @@ class TypicalAcceptance(BaseModel):
         prob = (logits.float() / self.temperature).softmax(-1)
         entropy = torch.special.entr(prob).sum(-1, keepdim=True)
         limit = (self.alpha * (-entropy).exp()).clamp(max=self.epsilon)
-        return (prob > limit) | (prob == prob.amax(-1, keepdim=True))
+        allowed: Tensor = (prob > limit) | (prob == prob.amax(-1, keepdim=True))
+        return allowed
 
 
 class _Step:
@@ -66,8 +67,8 @@ class _Step:
         self.parents = torch.tensor(parents, device=device)
         self.depths = torch.tensor([len(path) - 1 for path in state.paths[1:]], dtype=torch.long, device=device)
         self.ranks = torch.tensor([path[-1] for path in state.paths[1:]], dtype=torch.long, device=device)
-        ahead, member = torch.tensor(kinds, dtype=torch.long, device=device).view(-1, 2).unbind(1)
-        self.embeddings = prompts.embeddings.detach()[ahead, member].unsqueeze(0)
+        which = torch.tensor(kinds, dtype=torch.long, device=device).view(-1, 2)
+        self.embeddings = prompts.embeddings.detach()[which[:, 0], which[:, 1]].unsqueeze(0)
         self.children: list[list[int]] = [[] for _ in state.paths]
         for node, path in enumerate(state.paths[1:], start=1):
             self.children[number[path[:-1]]].append(node)
@@ -124,9 +125,8 @@ def prompt_decode(
         finished = time.perf_counter()
     found = found[:max_new_tokens]
     stop = next((i + 1 for i, token in enumerate(found) if token in ends), len(found))
-    tokens = torch.cat([input_ids, input_ids.new_tensor([found[:stop]])], dim=1)
     return Speculation(
-        tokens,
+        torch.cat([input_ids, input_ids.new_tensor([found[:stop]])], dim=1),
         torch.tensor(drafted, dtype=torch.long),
         torch.tensor(accepted, dtype=torch.long).unsqueeze(1),
         torch.tensor(accepted, dtype=torch.long) + 1,
@@ -154,14 +154,16 @@ def _advance(
     checked = logits[: len(tokens)]
     listed, choice = tokens.tolist(), checked.argmax(-1).tolist()
     if typical is None:
-        allowed = [[child for child in found if listed[child] == choice[node]] for node, found in enumerate(step.children)]
+        allowed = [
+            [child for child in found if listed[child] == choice[node]] for node, found in enumerate(step.children)
+        ]
     else:
         kept = typical.allowed(checked)
         allowed = [[child for child in found if kept[node, listed[child]]] for node, found in enumerate(step.children)]
     path = _longest(allowed, 0)
     keep_path(cache, len(step.parents), torch.tensor(path, device=tokens.device))
     begin, end = step.guesses[path[-1]]
-    ahead = logits[begin:end].unflatten(0, (-1, prompts.num_ensemble)).mean(1) if end > begin else logits[:0]
+    ahead = logits[begin:end].view(-1, prompts.num_ensemble, logits.shape[-1]).mean(1)
     return path, [*(listed[node] for node in path[1:]), choice[path[-1]]], ahead.topk(widest).indices
 
 
@@ -169,34 +171,3 @@ def _longest(allowed: list[list[int]], node: int) -> list[int]:
     """The longest path down from a node, the first of equal ones."""
     behind = [_longest(allowed, child) for child in allowed[node]]
     return [node, *max(behind, key=len, default=[])]
-
-
-def measure_tree_latency(
-    model: nn.Module, sizes: Sequence[int], *, context: int = 512, repeats: int = 9
-) -> dict[int, float]:
-    """Seconds of a pass by the number of tokens in its tree, measured in turns: for `hardware_aware_tree`.
-
-    Args:
-        model: a causal language model.
-        sizes: tokens of a tree, each at least 1.
-        context: tokens in the cache.
-        repeats: passes of each size; the median counts.
-    """
-    name = "measure_tree_latency"
-    for size in sizes:
-        check_int(name, "sizes", size)
-    check_int(name, "context", context)
-    device = device_of(model)
-    cache = DynamicCache()
-    with evaluating(model), tree_passes(model):
-        text_pass(model, cache, torch.zeros(1, context, dtype=torch.long, device=device), keep=1)
-        known: Tensor = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device))  # type: ignore
-
-        def one(size: int) -> None:
-            # A comb, as most trees are: half of the tokens in a row, the others behind the root.
-            parents = [index - 1 if index <= size // 2 else 0 for index in range(size)]
-            tree_pass(model, cache, known.expand(1, size, -1), torch.tensor(parents, device=device) + context)
-            cache.crop(-size)
-
-        timed = time_interleaved({str(size): lambda size=size: one(size) for size in sizes}, repeats=repeats, warmup=2)
-    return {size: timed.timings[str(size)].median for size in sizes}

@@ -19,17 +19,16 @@ and several exits, which the paper tries and does not use, are not implemented.
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ...checks import check_int, check_ndim, check_range, fail
 from ...measure.tokens import Progress, device_of, evaluating
-from .passes import text_pass, tree_pass, tree_passes
+from .lessons import embed, guesses, lesson
+from .passes import tree_passes
 
 
 class PromptTokens(nn.Module):
@@ -58,14 +57,6 @@ class PromptTokens(nn.Module):
     def load(cls, path: str | Path) -> "PromptTokens":
         """Read what `save` wrote."""
         return cls(load_file(path)["embeddings"])
-
-
-class _Lesson(NamedTuple):
-    """A text in a cache, places in it, and the logits ``[B, m, places, vocab]`` that their prompt tokens should give."""
-
-    cache: DynamicCache
-    places: Tensor
-    teacher: Tensor
 
 
 def train_prompt_tokens(
@@ -118,10 +109,10 @@ def train_prompt_tokens(
     losses = []
     with evaluating(model), tree_passes(model):
         for step, ids in enumerate(itertools.islice(itertools.cycle(calibration), num_steps)):
-            lesson = _lesson(model, ids.to(device_of(model)), num_prompts, num_places, generator)
+            taught = lesson(model, ids.to(device_of(model)), num_prompts, num_places, generator)
             with torch.enable_grad():
-                guess = _guesses(model, prompts, lesson).float().log_softmax(-1)
-                lost = F.kl_div(guess, lesson.teacher.float().log_softmax(-1), log_target=True, reduction="none")
+                guess = guesses(model, prompts.embeddings, taught).float().log_softmax(-1)
+                lost = F.kl_div(guess, taught.teacher.float().log_softmax(-1), log_target=True, reduction="none")
                 loss = (lost.sum(-1).mean((0, 2)) * weights).mean()
                 (prompts.embeddings.grad,) = torch.autograd.grad(loss, [prompts.embeddings])
             optimizer.step()
@@ -156,53 +147,20 @@ def accept_probabilities(
     hits, total = torch.zeros(prompts.num_prompts, top_k, dtype=torch.float64), 0
     with evaluating(model), tree_passes(model):
         for ids in calibration:
-            lesson = _lesson(model, ids.to(device_of(model)), prompts.num_prompts, num_places, generator)
-            logits = _guesses(model, prompts, lesson)
+            taught = lesson(model, ids.to(device_of(model)), prompts.num_prompts, num_places, generator)
+            logits = guesses(model, prompts.embeddings, taught)
             check_int("accept_probabilities", "top_k", top_k, 1, logits.shape[-1])
-            right = logits.topk(top_k).indices == lesson.teacher.argmax(-1, keepdim=True)
+            right = logits.topk(top_k).indices == taught.teacher.argmax(-1, keepdim=True)
             hits += right.double().sum((0, 2)).cpu()
             total += right.shape[0] * right.shape[2]
     return hits / total
-
-
-def _lesson(model: nn.Module, ids: Tensor, depth: int, num_places: int, generator: torch.Generator) -> _Lesson:
-    """Random places of a text, with what the model says after each of ``depth`` tokens of its greedy continuation."""
-    length, cache = ids.shape[1], DynamicCache()
-    logits = text_pass(model, cache, ids)
-    places = torch.randperm(length, generator=generator)[:num_places].sort().values.to(ids.device)
-    tokens = logits[:, places].argmax(-1)
-    for level in range(1, depth + 1):
-        logits = tree_pass(model, cache, _embed(model, tokens), _branches(places, level, length))
-        cache.crop(-tokens.shape[1])
-        tokens = torch.cat([tokens, logits[:, -len(places) :].argmax(-1)], dim=1)
-    return _Lesson(cache, places, logits.unflatten(1, (depth, len(places))))
-
-
-def _guesses(model: nn.Module, prompts: PromptTokens, lesson: _Lesson) -> Tensor:
-    """Logits ``[B, m, places, vocab]`` of the prompt tokens behind every place."""
-    (batch, depth, count), ensemble = lesson.teacher.shape[:3], prompts.num_ensemble
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
-    embeddings = prompts.embeddings.unsqueeze(1).expand(-1, count, -1, -1).flatten(0, 2).to(dtype)
-    parents = _branches(lesson.places.repeat_interleave(ensemble), depth, lesson.cache.get_seq_length())
-    logits = tree_pass(model, lesson.cache, embeddings.expand(batch, -1, -1), parents)
-    return logits.unflatten(1, (depth, count, ensemble)).mean(3)
-
-
-def _branches(places: Tensor, depth: int, length: int) -> Tensor:
-    """Parents of ``depth`` tokens in a row behind each place of a text, the first of all places before the second."""
-    later = torch.arange(length, length + (depth - 1) * len(places), device=places.device)
-    return torch.cat([places, later])
-
-
-def _embed(model: nn.Module, tokens: Tensor) -> Tensor:
-    return model.get_input_embeddings()(tokens)  # type: ignore[no-any-return, operator]
 
 
 def _initial(model: nn.Module, num_prompts: int, num_ensemble: int, generator: torch.Generator) -> PromptTokens:
     """Embeddings of tokens drawn at random."""
     size = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     drawn = torch.randint(size, (num_prompts, num_ensemble), generator=generator)
-    return PromptTokens(_embed(model, drawn.to(device_of(model))).float())
+    return PromptTokens(embed(model, drawn.to(device_of(model))).float())
 
 
 def _check_texts(name: str, calibration: Sequence[Tensor]) -> None:

@@ -9,12 +9,11 @@ chain a step gains ``R = sum_k pi_k f_k`` tokens, ``f_k = sum P(v)``, of ``n`` t
 included; the hardware-aware size maximises ``R(n) / latency(n)`` (Sec. 4.2), with the latency measured.
 
 Candidates of a state are the most probable ones, which is optimal for their number. Prompt tokens go to candidates one
-by one where they gain most, ``q(v)`` times what the next state is worth more, as the paper's removal of the least useful
-does in reverse. The paper's code tries all numbers of candidates for all states; here policy iteration (Howard) on
-the chain of states finds them, so that a prompt token is worth what it gains in all later steps, not in the next.
+by one where they gain most, ``q(v)`` times what the next state is worth more, as the paper's removal of the least
+useful does in reverse. The paper's code tries all numbers of candidates for all states; here policy iteration (Howard)
+on the chain of states finds them, so that a prompt token is worth what it gains in all later steps, not in the next.
 """
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,26 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_int, check_ndim, check_range, fail
-
-Path = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TreeState:
-    """The tree of a state: candidates by the ranks of their guesses, the root ``()`` first, parents before children.
-
-    Attributes:
-        paths: the candidates.
-        prompts: how many prompt tokens each of them carries.
-    """
-
-    paths: tuple[Path, ...]
-    prompts: tuple[int, ...]
-
-    def size(self, num_ensemble: int = 1) -> int:
-        """Tokens of a forward pass, with so many embeddings for each prompt token."""
-        return len(self.paths) + num_ensemble * sum(self.prompts)
+from ...checks import check_int, check_range, fail
+from .candidates import Path, TreeState, best_paths, check_accept, last_accepted, place_prompts
 
 
 class _Way(NamedTuple):
@@ -62,61 +43,6 @@ class DynamicTree:
     def size(self) -> int:
         """Tokens of the largest tree, with one embedding for each prompt token."""
         return max(state.size() for state in self.states)
-
-
-def best_paths(accept: Tensor, depth: int, count: int) -> list[tuple[Path, float]]:
-    """The ``count`` most probable candidates at most ``depth`` deep, with ``P``; the root first, the best next.
-
-    Args:
-        accept: ``[m, K]`` chances of the guesses by distance and rank, falling with the rank.
-        depth: of the deepest candidate.
-        count: candidates, the root included; there may be fewer.
-    """
-    rows = accept[:depth].tolist()
-    found: list[tuple[Path, float]] = []
-    waiting: list[tuple[float, Path]] = [(-1.0, ())]
-    while waiting and len(found) < count:
-        minus, path = heapq.heappop(waiting)
-        found.append((path, -minus))
-        if len(path) < len(rows):
-            heapq.heappush(waiting, (minus * rows[len(path)][0], (*path, 0)))
-        if path and path[-1] + 1 < len(rows[0]) and rows[len(path) - 1][path[-1]] > 0:
-            row = rows[len(path) - 1]
-            heapq.heappush(waiting, (minus * row[path[-1] + 1] / row[path[-1]], (*path[:-1], path[-1] + 1)))
-    return found
-
-
-def last_accepted(paths: Sequence[tuple[Path, float]]) -> list[float]:
-    """``q``: the chance of each candidate to be the last that is right."""
-    last = {path: chance for path, chance in paths}
-    for path, chance in paths:
-        if path:
-            last[path[:-1]] -= chance
-    return [max(0.0, last[path]) for path, _ in paths]
-
-
-def place_prompts(last: Sequence[float], worth: Sequence[float], count: int) -> list[int]:
-    """How many prompt tokens each candidate carries, ``count`` in all, each put where it gains most.
-
-    Args:
-        last: chance of each candidate to be the last that is right.
-        worth: of the states ``0 .. m``.
-        count: prompt tokens.
-    """
-    gains = [worth[k + 1] - worth[k] for k in range(len(worth) - 1)]
-    placed = [0] * len(last)
-    waiting = [(-chance * gains[0], node) for node, chance in enumerate(last)] if gains else []
-    heapq.heapify(waiting)
-    for _ in range(count):
-        if not waiting:
-            break
-        minus, node = heapq.heappop(waiting)
-        if minus >= 0:
-            break
-        placed[node] += 1
-        if placed[node] < len(gains):
-            heapq.heappush(waiting, (-last[node] * gains[placed[node]], node))
-    return placed
 
 
 def dynamic_tree(accept: Tensor, size: int, *, num_ensemble: int = 1, max_rounds: int = 32) -> DynamicTree:
@@ -186,15 +112,6 @@ def evaluate(accept: Tensor, states: Sequence[TreeState]) -> tuple[float, list[f
     system[:, 0] = 1.0
     found = torch.linalg.lstsq(system, gained.unsqueeze(1), driver="gelsd").solution.squeeze(1).tolist()
     return found[0], [0.0, *found[1:]]
-
-
-def check_accept(name: str, accept: Tensor) -> Tensor:
-    """``accept`` as float64 with ranks in falling order; InputError unless it is a table ``[m, K]`` of chances."""
-    check_ndim(name, "accept", accept, 2)
-    accept = accept.detach().double().cpu()
-    if not accept.numel() or bool((accept < 0).any()) or bool((accept.sum(1) > 1 + 1e-6).any()):
-        raise fail(name, "accept", "hold chances that add up to at most 1 at every distance", accept.tolist())
-    return accept.sort(dim=1, descending=True).values
 
 
 def _ways(accept: Tensor, depth: int, size: int) -> list[_Way]:

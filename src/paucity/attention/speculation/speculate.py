@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from ...checks import check_bool, check_int, check_ndim, check_range, check_shape, fail
+from ...checks import check_int, check_ndim, check_range, check_shape, fail
 from ...measure.tokens import check_context, device_of, evaluating
 from .passes import text_pass
 from .result import Speculation, end_tokens
@@ -37,7 +37,10 @@ class Sampler:
         self, temperature: float | None, top_k: int | None, top_p: float | None, generator: torch.Generator
     ) -> None:
         self.temperature, self.generator = temperature, generator
-        warpers = [None if top_k is None else TopKLogitsWarper(top_k), None if top_p is None else TopPLogitsWarper(top_p)]
+        warpers = [
+            None if top_k is None else TopKLogitsWarper(top_k),
+            None if top_p is None else TopPLogitsWarper(top_p),
+        ]
         self.warpers = [warper for warper in warpers if warper is not None]
 
     def prob(self, logits: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ def speculate(
                 break
             size, last = min(num_draft, left - 1), tokens[:, -1:]
             clock = time.perf_counter()
-            guesses, probs = [], list[Tensor | None]()
+            guesses, probs = list[Tensor](), list[Tensor | None]()
             with draft():
                 for _ in range(size):
                     guess, prob = sampler.draw(run(guesses[-1] if guesses else last, keep=1))

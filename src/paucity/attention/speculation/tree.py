@@ -14,7 +14,6 @@ from ...checks import InputTypeError, check_int, check_ndim, check_tensor, fail
 from ...kernels.attention import sparse_attention
 from ...ops.formats.block import BlockMask
 
-
 _NAME = "tree_attention"
 _K_BLOCK, _MOST_QUERIES = 64, 64
 
@@ -79,7 +78,10 @@ def tree_mask(parents: Tensor, num_keys: int, *, window: int | None = None) -> T
 
 
 def tree_positions(parents: Tensor, num_keys: int) -> Tensor:
-    """Where the tokens of a tree stand, int64 ``[B or 1, n]``: one behind their parents; arguments as in `tree_mask`."""
+    """Where the tokens of a tree stand, int64 ``[B or 1, n]``: one behind their parents.
+
+    Arguments are as in `tree_mask`.
+    """
     _check_parents("tree_positions", parents, num_keys)
     return _climb(parents, num_keys)[1]
 
