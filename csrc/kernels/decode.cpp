@@ -16,7 +16,7 @@ struct Sizes {
   float scale, softcap;                                         // softcap 0: none
 };
 
-enum Wrong { PAGE = 1, LENGTH = 2 };
+enum Wrong { PAGE = 1, LENGTH = 2, START = 3 };
 
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 8, SUMS = 16;
@@ -299,7 +299,7 @@ void attend(const Sizes &s, const Work &w, const T *query, int64_t row0, int64_t
 
 struct Cache {
   const void *query, *key, *value, *pages;
-  const int64_t *lengths;
+  const int64_t *lengths, *starts;
   const uint8_t *padding;
 };
 
@@ -312,7 +312,8 @@ int64_t positions(const Sizes &s, const Cache &c, int64_t batch, int64_t head, i
                   int64_t length, int32_t *at) {
   const int64_t earliest = s.window ? max_of(length - s.queries + 1 - s.window, 0) : 0;
   const int64_t list = batch * s.page_batch + head * s.page_head;
-  const uint8_t *real = c.padding ? c.padding + batch * s.keys : nullptr;
+  const int64_t start = c.starts ? c.starts[batch * s.kv_heads + head] : 0;
+  const uint8_t *real = c.padding ? c.padding + batch * s.keys + start : nullptr;
   int64_t n = 0;
   for (int64_t page = first / s.page_size; page * s.page_size < stop; page++) {
     const int64_t number = s.page_bytes ? page_at(s, c.pages, list + page) : page;
@@ -332,11 +333,11 @@ int64_t positions(const Sizes &s, const Cache &c, int64_t batch, int64_t head, i
 template <typename T>
 void chunk(const Sizes &s, const Cache &c, const Work &w, int64_t list, int64_t first, int64_t stop, const Part &part) {
   const int64_t batch = list / s.kv_heads, head = list % s.kv_heads;
-  const int64_t length = c.lengths ? c.lengths[batch] : s.keys;
+  const int64_t start = c.starts ? c.starts[list] : 0, length = c.lengths ? c.lengths[list] : s.keys - start;
   const int64_t n = positions(s, c, batch, head, first, stop, length, w.at);
   const T *query = (const T *)c.query + list * s.rows * s.dim;
-  const T *key = (const T *)c.key + batch * s.key_batch + head * s.key_head;
-  const T *value = (const T *)c.value + batch * s.value_batch + head * s.value_head;
+  const T *key = (const T *)c.key + batch * s.key_batch + head * s.key_head + start * s.key_row;
+  const T *value = (const T *)c.value + batch * s.value_batch + head * s.value_head + start * s.value_row;
   for (int64_t row = 0; row < s.rows;) {
     const int64_t rows = min_of(s.rows - row, MOST_ROWS);
     if (n == 0)
@@ -424,18 +425,22 @@ void decode(const Sizes &s, const Cache &c, T *out, float *lse, int64_t threads)
 
 PAUCITY_KERNEL(decode_attention)
 (const void *query, const void *key, const void *value, const void *pages, const int64_t *lengths,
- const uint8_t *padding, void *out, float *lse, const Sizes *given, int64_t threads) {
+ const int64_t *starts, const uint8_t *padding, void *out, float *lse, const Sizes *given, int64_t threads) {
   Sizes s = *given;
-  if (lengths)
-    for (int64_t b = 0; b < s.batch; b++)
-      if (lengths[b] < 0 || lengths[b] > s.keys) return LENGTH;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < s.batch * s.kv_heads; i++) {
+    const int64_t start = starts ? starts[i] : 0;
+    if (start < 0 || start > s.keys) return START;
+    if (lengths && (lengths[i] < 0 || lengths[i] > s.keys - start)) return LENGTH;
+    longest = max_of(longest, lengths ? lengths[i] : s.keys - start);
+  }
   if (s.page_bytes) {
     if (out_of_range(s, pages)) return PAGE;
   } else {
     s.page_size = 64;
-    s.pages = ceil_div(s.keys, s.page_size);
+    s.pages = ceil_div(longest, s.page_size);
   }
-  const Cache c = {query, key, value, pages, lengths, padding};
+  const Cache c = {query, key, value, pages, lengths, starts, padding};
   if (s.dtype == BF16)
     decode<bf16>(s, c, (bf16 *)out, lse, threads);
   else

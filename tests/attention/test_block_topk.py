@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from paucity.attention.block_topk import BlockTopK
 from paucity.attention.prompt import Prompt
+from paucity.kernels.attention import attention_recall
 
 
 def inputs(tq, tk, batch=2):
@@ -80,3 +81,11 @@ def test_bad_options(options):
 def test_a_budget_below_what_is_forced_is_refused():
     with pytest.raises(ValidationError, match="num_blocks must be at least 3, the blocks that always stay, got 2"):
         BlockTopK(num_blocks=2, q_block=128, force_first=True)
+
+
+def test_blocks_longer_than_the_text_are_the_text():
+    query, key, prompt = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), Prompt(scale=0.5)
+    done = BlockTopK(q_block=1 << 40, k_block=1 << 40, num_blocks=1).attend(query[:, :, 17:], key, key, prompt)
+    assert int(done.kept.flatten()[0]) == sum(range(18, 41))
+    pattern = BlockTopK(q_block=1 << 40, k_block=1 << 40, num_blocks=1).select(query, key, prompt)
+    torch.testing.assert_close(attention_recall(query, key, pattern), torch.ones(1, 4))

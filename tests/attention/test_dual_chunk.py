@@ -228,6 +228,8 @@ def test_refined_budgets_of_a_model(tiny_model):
     assert only.budget_factors[0] == [1.0] * 4
     with pytest.raises(InputError, match="calibration must hold at least one batch"):
         RefinedBudgets(base=base).fit(model, [])
+    with pytest.raises(InputError, match=r"calibration must have 2 dimensions, got shape \[60\]"):
+        RefinedBudgets(base=base).fit(model, [ids[0]])
     with pytest.raises(ValidationError, match="base must have sparse selection"):
         RefinedBudgets(base=DualChunk(sparse=None))
 

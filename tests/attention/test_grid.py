@@ -203,3 +203,13 @@ def test_strides_longer_than_the_text_are_alike():
         for stride in (51, 1 << 40)
     )
     assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("slash", [False, True])
+def test_a_block_longer_than_the_text_is_the_text(slash):
+    query, key, _ = inputs(23, 50)
+    options = {"strides": [1 << 41], "slash": slash, "num_phases": 3, "line_share": None}
+    found, wanted = (
+        Grid(q_block=size, **options).select(query, key, Prompt()).visible(23 + 27, 50) for size in (1 << 40, 64)
+    )
+    assert torch.equal(found, wanted)

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from paucity.attention import MInference, PerHead, SinkWindow, apply, from_json, minference, record, to_json
-from paucity.attention.interface import ATTRIBUTE
+from paucity.attention.site import ATTRIBUTE
 from paucity.checks import InputError
 from paucity.ops.formats.block import BlockMask
 
@@ -148,7 +148,16 @@ def test_bad_options(options):
         MInference(**options)
 
 
-@pytest.mark.parametrize("prompts", [[], [torch.ones(1, 1, dtype=torch.int64)]])
-def test_prompts_are_needed(prompts):
-    with pytest.raises(InputError, match="calibration must hold prompts of at least 2 tokens"):
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "calibration must hold at least one prompt, got none"),
+        ([tokens(9), tokens(1)], r"calibration must have a row of at least 2 tokens, got shape \[1, 1\]"),
+        ([tokens(9)[:0]], r"calibration must have a row of at least 2 tokens, got shape \[0, 9\]"),
+        ([tokens(9)[0]], r"calibration must have 2 dimensions, got shape \[9\]"),
+        ([[1, 2, 3]], "calibration must be a tensor, got list"),
+    ],
+)
+def test_prompts_are_needed(prompts, message):
+    with pytest.raises(InputError, match=f"minference: {message}"):
         MInference().fit(model_of("llama"), prompts)

@@ -93,6 +93,16 @@ def test_policy_is_its_rules(options, tq, tk, dropped):
     assert int(kept_pairs(pattern, tq, tk)) == int(wanted.sum())
 
 
+@pytest.mark.parametrize("options", [{"shape": [3, 2, 4], "start": 3}, {"dilation": 2}])
+def test_blocks_longer_than_the_text_are_the_text(options):
+    text = torch.zeros(1, 1, 40, 1)
+    found, wanted = (
+        Neighbourhood(window_size=2, q_block=size, k_block=size, **options).select(text[:, :, 17:], text, Prompt())
+        for size in (1 << 40, 64)
+    )
+    assert torch.equal(found.kept_pairs(40, 40), wanted.kept_pairs(40, 40))
+
+
 def test_bad_input():
     query, key, value = inputs(30)
     with pytest.raises(InputError, match="query must have 32 tokens, the grid and the global ones, got 30"):

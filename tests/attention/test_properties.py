@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from paucity.attention import Prompt, from_json, to_json
 from paucity.attention.compute import attend_exactly
 from paucity.checks import InputError
+from paucity.kernels.attention import attention_recall
 
 from .table import METHODS, ROWS, policy
 
@@ -35,13 +36,18 @@ def test_full_budget_is_dense(method, tq, tk):
 
 @pytest.mark.parametrize(
     "method",
-    ["anchor", "flexprefill", "hierarchical", "sink_window", "vertical_slash", "xattention"],
+    [
+        *("anchor", "block_sparse", "flexprefill", "hierarchical", "power", "sharded", "sink_window"),
+        *("spans", "tri_shape", "vertical_slash", "xattention"),
+    ],
 )
 @pytest.mark.parametrize("tq", [23, 40])
 def test_a_block_longer_than_the_text_takes_no_more_memory(method, tq):
     found, wanted = (policy(method, "full", q_block=size).attend(*inputs(tq, 40), PROMPT) for size in (1 << 40, 1 << 6))
     assert torch.equal(found.kept, wanted.kept)
     torch.testing.assert_close(found.out, wanted.out, atol=1e-6, rtol=1e-6)
+    recall = attention_recall(*inputs(40)[:2], policy(method, "full", q_block=1 << 40).select(*inputs(40)[:2], PROMPT))
+    torch.testing.assert_close(recall, torch.ones(2, 4))
 
 
 @methods
@@ -124,6 +130,14 @@ def test_bfloat16(method):
     assert done.out.dtype == torch.bfloat16
     exact = attend_exactly(*(x.float() for x in (query, key, value)), PROMPT).out
     torch.testing.assert_close(done.out.float(), exact, atol=3e-2, rtol=3e-2)
+
+
+@methods
+def test_float64_beyond_the_range_of_float32_is_finite(method):
+    query, key, value = (x.double() for x in inputs(40))
+    chosen = policy(method, "full")
+    out, wide = (chosen.attend(query, key, value * factor, PROMPT).out for factor in (1, 1e200))
+    torch.testing.assert_close(wide * 1e-200, out, atol=1e-5, rtol=1e-5)
 
 
 @methods

@@ -38,6 +38,17 @@ def test_memory_of_a_long_text_is_that_of_its_edges():
     assert len(mask.elements) < 4 * len(mask.blocks[0, 0])
 
 
+@pytest.mark.parametrize(("tq", "tk", "dropped"), [(1, 1, 0), (40, 40, 0), (17, 40, 0), (17, 40, 6)])
+def test_a_block_longer_than_the_text_is_the_text(tq, tk, dropped):
+    inputs = torch.randn(1, 4, tq, 8), *torch.randn(2, 1, 2, tk, 8)
+    found, wanted = (
+        TriShape(num_sinks=9, window_size=7, num_last=5, q_block=size).attend(*inputs, Prompt(dropped=dropped))
+        for size in (1 << 33, 64)
+    )
+    assert torch.equal(found.kept, wanted.kept)
+    torch.testing.assert_close(found.out, wanted.out, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"num_sinks": -1}, {"window_size": 0}, {"num_last": 0}, {"last": 3}])
 def test_bad_options(options):
     with pytest.raises(ValidationError):

@@ -1,5 +1,7 @@
 """Blocks of a text, by loops."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from paucity.ops.blocks import (
     diagonal_blocks,
     grouped_products,
     pool_blocks,
+    soft_capped,
     visible_blocks,
 )
 
@@ -75,6 +78,15 @@ def test_grouped_products_are_those_of_repeated_keys():
         grouped_products(query[:, :5], key)
     with pytest.raises(InputError, match="key must have shape"):
         grouped_products(query, key[..., :3])
+
+
+def test_soft_caps_bound_and_barely_change_what_is_small():
+    logits = torch.tensor([-1e9, -3.0, 0.0, 1e-3, 1e9], dtype=torch.float64)
+    assert soft_capped(logits, None) is logits
+    wanted = torch.tensor([2 * math.tanh(x / 2) for x in logits.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(soft_capped(logits, 2.0), wanted)
+    soft_capped(logits.requires_grad_(), 2.0).sum().backward()
+    torch.testing.assert_close(logits.grad, 1 - (wanted / 2) ** 2)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])

@@ -39,6 +39,15 @@ def test_blocks_outside_the_window_of_the_model_are_left_out(dropped):
     assert torch.equal(*both)
 
 
+def test_a_block_longer_than_the_text_takes_no_more_memory():
+    found, wanted = (
+        text_mask(torch.ones(1, 1, dtype=torch.bool), 17, 40, block_size=size, dropped=5) for size in (1 << 40, 64)
+    )
+    assert found.elements is None
+    assert torch.equal(found.kept_pairs(40, 40), wanted.kept_pairs(40, 40))
+    assert int(found.kept_pairs(40, 40)) == 40 * 41 // 2
+
+
 def test_powers_of_two():
     values = [value for value in range(-20, 70) if is_power_of_two(torch.tensor(value))]
     assert values == [0, 1, 2, 4, 8, 16, 32, 64]

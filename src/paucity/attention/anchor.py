@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.blocks import pool_blocks
+from ..ops.blocks import grouped_products, pool_blocks, soft_capped
 from ..ops.formats.stripes import KeyLists
 from .policy import PrefillPolicy
 from .prompt import Prompt
@@ -127,7 +127,4 @@ def by_block(lists: KeyLists, first: int, num_keys: int, q_block: int, step: int
 
 def _logits(query: Tensor, key: Tensor, prompt: Prompt) -> Tensor:
     """Scaled and capped products ``[B, H, rows, n]`` of ``[B, H, rows, D]`` and ``[B, H_kv, n, D]``, of one dtype."""
-    batch, heads, rows, dim = query.shape
-    score = (query * prompt.scale).reshape(batch, key.shape[1], -1, dim) @ key.mT
-    score = score if prompt.softcap is None else torch.tanh(score / prompt.softcap) * prompt.softcap
-    return score.view(batch, heads, rows, key.shape[2])
+    return soft_capped(grouped_products(query * prompt.scale, key), prompt.softcap)

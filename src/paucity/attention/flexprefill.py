@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..ops.blocks import block_mask, cover_mask, grouped_products, pool_blocks, visible_blocks
+from ..ops.blocks import block_mask, cover_mask, grouped_products, pool_blocks, soft_capped, visible_blocks
 from ..ops.formats.block import BlockMask
 from ..ops.select import topk_mask
 from .policy import PrefillPolicy
@@ -123,7 +123,5 @@ def root_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 def _block_prob(query: Tensor, key: Tensor, seen: Tensor, prompt: Prompt) -> Tensor:
     """Softmax of the products of means, over the blocks that are ``seen``: ``[B, H, n, m]``."""
-    logits = grouped_products(query.to(key.dtype), key) * prompt.scale
-    if prompt.softcap is not None:
-        logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
+    logits = soft_capped(grouped_products(query.to(key.dtype), key) * prompt.scale, prompt.softcap)
     return logits.masked_fill(~seen, -torch.inf).softmax(-1)

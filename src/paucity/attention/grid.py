@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..checks import check_int, fail
+from ..ops.blocks import grouped_products, soft_capped
 from ..ops.formats.stripes import KeyLists
 from ..ops.select import num_kept, topk_mask
 from .compute import Attended, attend_pattern, rows_see_all
@@ -238,12 +239,9 @@ def _attention_beyond(
     query: Tensor, key: Tensor, rows: Tensor, prompt: Prompt, num_sinks: int, window_size: int, q_block: int
 ) -> Tensor:
     """Attention of the queries ``rows``, 0 in the sinks and the window of their block: float32 ``[B, H, n, Tk]``."""
-    batch, heads, queries, dim = query.shape
-    group_heads, keys = key.shape[1:3]
+    queries, keys = query.shape[2], key.shape[2]
     last = query.detach().index_select(2, rows) * prompt.scale
-    logits = (last.reshape(batch, group_heads, -1, dim) @ key.detach().mT).float().view(batch, heads, len(rows), keys)
-    if prompt.softcap is not None:
-        logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
+    logits = soft_capped(grouped_products(last, key.detach()).float(), prompt.softcap)
     at, place = (rows + keys - queries).unsqueeze(-1), torch.arange(keys, device=key.device)
     begin = at // q_block * q_block - window_size + 1
     # Only columns from the first row's on are later than any row, or in a window: rows ascend.
@@ -259,6 +257,7 @@ def _attention_beyond(
 
 def _slash_cover(phases: Tensor, order: Tensor, starts: Tensor, q_block: int, stride: int) -> Tensor:
     """Visual keys at a kept distance from any visual query of a block: bool ``[B, H, blocks, Tk]``."""
+    q_block = min(q_block, len(order))  # a longer block is the same block
     before = torch.arange(len(order), device=order.device) < (starts + q_block).unsqueeze(-1)
     at = starts.unsqueeze(-1) + torch.arange(q_block, device=order.device)
     mine = torch.where(at < len(order), order[at.clamp(max=len(order) - 1)], -1)

@@ -3,16 +3,14 @@
 Paper: Fu et al. 2024 (MoA), https://arxiv.org/abs/2406.14909, Eq. 4-5.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from ..checks import check_ndim, check_shape, fail
-from ..measure.tokens import check_context, device_of
+from ..checks import check_shape, fail
+from ..measure.tokens import check_batch, check_context, device_of, evaluating
 from ..ops.formats.stripes import Window
 from ..ops.influence import drop_influence
 from .apply import apply
@@ -78,7 +76,7 @@ def influence(
     """
     _check_batch(model, input_ids, labels)
     recorder = _Recorder()
-    with evaluation(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         applied = apply(model, recorder)
         try:
             loss = next_token_loss(model, input_ids, labels)
@@ -120,22 +118,8 @@ def next_token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None) 
     return nn.functional.cross_entropy(logits.float(), wanted[counts])
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode of every module; each gets back the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _check_batch(model: nn.Module, input_ids: Tensor, labels: Tensor | None) -> None:
-    check_ndim("influence", "input_ids", input_ids, 2)
-    if not len(input_ids) or input_ids.shape[1] < 2:
-        raise fail("influence", "input_ids", "have a row of at least 2 tokens", f"shape {list(input_ids.shape)}")
+    check_batch("influence", "input_ids", input_ids)
     check_context("influence", "input_ids", model, input_ids.shape[1])
     if labels is not None:
         check_shape("influence", "labels", labels, *input_ids.shape)

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..kernels.attention import Pattern, sparse_attention
+from ..measure.tokens import check_batch
 from ..ops.formats.stripes import Window
-from .apply import Observed
 from .block_topk import BlockTopK
 from .compute import kept_pairs
 from .interface import exact_pairs
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
+from .prefill import Observed
 from .prompt import Prompt
 from .sink_window import SinkWindow
 from .vertical_slash import VerticalSlash, line_scores
@@ -113,7 +114,7 @@ class MInference(PolicySearch):
             calibration: prompts, token ids ``[B, T]``, as long as those that the policy is for.
 
         Raises:
-            InputError: if there is no prompt, or one has less than two tokens.
+            InputError: if there is no prompt, or one is not ``[B, T]`` or has less than two tokens.
         """
         return self.policy(self.search(model, calibration))
 
@@ -122,8 +123,10 @@ class MInference(PolicySearch):
 
         Costs two prefills of every prompt, and the attention of all candidates in one of them.
         """
-        if not calibration or min(ids.shape[1] for ids in calibration) < 2:
-            raise fail("minference", "calibration", "hold prompts of at least 2 tokens", f"{len(calibration)} prompts")
+        if not calibration:
+            raise fail("minference", "calibration", "hold at least one prompt", "none")
+        for ids in calibration:
+            check_batch("minference", "calibration", ids)
         candidates = self.candidates()
         density: dict[int, Tensor] = {}  # of each layer [candidates, scales, H]
         score: dict[int, Tensor] = {}  # of each layer [candidates, H]

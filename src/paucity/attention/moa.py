@@ -28,11 +28,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..checks import fail
-from ..measure.tokens import check_context, context_length
+from ..measure.tokens import check_context, context_length, evaluating
 from ..ops.ilp import pareto_options
 from ..ops.influence import window_influence
 from .apply import apply
-from .influence import Influence, evaluation, influence, next_token_loss
+from .influence import Influence, influence, next_token_loss
 from .policy import PolicySearch
 from .spans import Spans, pair_share, span_of
 
@@ -238,7 +238,7 @@ def _mean(profiles: Sequence[Influence]) -> Influence:
 def _loss_under(model: nn.Module, plan: Spans, batches: Sequence[Batch]) -> float:
     applied = apply(model, plan.model_copy(update={"min_length": 0}))
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluating(model):
             return sum(float(next_token_loss(model, ids, labels)) for ids, labels in batches) / len(batches)
     finally:
         applied.remove()

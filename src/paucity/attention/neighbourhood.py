@@ -140,8 +140,10 @@ class Neighbourhood(PrefillPolicy):
         if self.shape is None and (axes[0].stride, axes[0].dilation) == (1, 1):
             return Window(axes[0].window_size, 0, self.q_block)
         start = None if self.shape is None else self.start
-        sizes = (self.q_block, self.k_block, query.shape[2], key.shape[2], prompt.dropped)
-        return _pattern(axes, start, self.text_window, *sizes).to(query.device)
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        # A block that is longer than the text is the same block.
+        sizes = (min(size, max(1, num_keys)) for size in (self.q_block, self.k_block))
+        return _pattern(axes, start, self.text_window, *sizes, num_queries, num_keys, prompt.dropped).to(query.device)
 
     def lookahead(self, length: int) -> int:
         """1: the pattern is fixed."""

@@ -96,7 +96,8 @@ class PrefillPolicy(BaseModel, ABC):
 
 def finite(*tensors: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
-    return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
+    wide = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+    return all(bool(total.isfinite()) for total in wide)
 
 
 class PolicySearch(BaseModel, ABC):

@@ -20,10 +20,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..checks import fail
-from ..measure.tokens import device_of, forward
-from .apply import Observed, apply
+from ..measure.tokens import check_batch, device_of, forward
+from .apply import apply
 from .dual_chunk import DualChunk
 from .policy import PolicySearch
+from .prefill import Observed
 from .prompt import Prompt
 from .watch import watch
 
@@ -53,10 +54,12 @@ class RefinedBudgets(PolicySearch):
         """``base`` with a budget factor for every head; texts too short for its selection change nothing.
 
         Raises:
-            InputError: if there is no calibration text, or `apply` refuses the model.
+            InputError: if there is no calibration text, one is not ``[B, T]`` or empty, or `apply` refuses the model.
         """
         if not calibration:
             raise fail("refined_budgets", "calibration", "hold at least one batch", 0)
+        for ids in calibration:
+            check_batch("refined_budgets", "calibration", ids, 1)
         given, found = self.base.budget_factors, dict[int, list[float]]()
 
         def refine(seen: Observed) -> None:

@@ -12,9 +12,9 @@ from ..checks import check_int
 from ..kernels.attention import Problem, attention_recall
 from ..kernels.attention.pairs import visible
 from ..ops.formats.stripes import causal_mask
-from .apply import AppliedAttention, Observed
 from .compute import Part, attend_exactly, first_row, lead_of, take_heads
 from .interface import exact_pairs
+from .prefill import AppliedAttention, Observed
 from .prompt import Prompt
 from .watch import Seconds, attention_seconds, watch
 
@@ -137,9 +137,3 @@ def _picture(query: Tensor, key: Tensor, part: Part, prompt: Prompt, cells: int)
             narrow = count.new_zeros(*count.shape[:-1], whole.shape[-1]).index_add_(-1, columns, count)
             whole.index_add_(-2, at, narrow)
     return torch.where(total > 0, kept / total, torch.nan)
-
-
-def mean_recall(seen: list[LayerTelemetry]) -> float | None:
-    """The mean recall over layers and heads, None where no layer tells it."""
-    known = [entry.recall for entry in seen if entry.recall is not None]
-    return float(torch.cat(known).mean()) if known else None

@@ -33,7 +33,8 @@ class TriShape(PrefillPolicy):
 
     def select(self, query: Tensor, key: Tensor, prompt: Prompt) -> BlockMask:
         """The same pattern for every head; ``query`` and ``key`` are not looked at."""
-        num_queries, num_keys, size = query.shape[2], key.shape[2], self.q_block
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        size = min(self.q_block, max(1, num_keys))  # a longer block is the same block
         seen = visible_blocks(num_queries, num_keys, size, size, window=prompt.window, device=query.device)
         inside = torch.arange(size, device=query.device)
         first = (num_keys - num_queries) // size * size

@@ -27,6 +27,7 @@ from ..ops.blocks import (
     diagonal_blocks,
     grouped_products,
     pool_blocks,
+    soft_capped,
     visible_blocks,
 )
 from ..ops.formats.block import BlockMask
@@ -108,8 +109,7 @@ def antidiagonal_mass(query: Tensor, key: Tensor, prompt: Prompt, *, stride: int
         low, high = max(begin, first), min(begin + step, num_groups)
         logits = grouped_products(grouped_query[:, :, low - first : high - first], grouped_key[:, :, :high]).float()
         logits *= factor[low - first : high - first].unsqueeze(-1)
-        if prompt.softcap is not None:
-            logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
+        logits = soft_capped(logits, prompt.softcap)
         mine, theirs = group[low:high].unsqueeze(-1), group[:high]
         hidden = theirs > mine
         if prompt.window is not None:

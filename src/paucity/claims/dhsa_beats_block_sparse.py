@@ -28,11 +28,11 @@ from ..attention import AppliedAttention, BlockTopK, ChunkedHierarchical, Observ
 from ..kernels.attention import attention_recall
 from ..measure.data import held_out_python
 from ..measure.quality import Quality, bits_per_byte, relative_change
-from ..measure.retrieval import retrieval_accuracy
 from ..measure.tokens import encode
 from ..models.load import Loaded, load
 from . import CLAIMS
 from .base import ClaimResult
+from .forced import forced_accuracy
 
 NAME = "dhsa-beats-block-sparse"
 LENGTH = 2048
@@ -73,19 +73,8 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         return bits_per_byte(model, tokenizer, text, length=length, stride=length // 2, max_tokens=max_tokens)
 
     def accuracy() -> float:
-        return statistics.mean(
-            retrieval_accuracy(
-                model,
-                tokenizer,
-                task=task,
-                length=length,
-                filler=text,
-                num_prompts=num_prompts,
-                seed=seed,
-                mode="teacher_forced",
-            ).accuracy.value
-            for task in tasks
-        )
+        found = forced_accuracy(loaded, tasks, text, length=length, num_prompts=num_prompts, seed=seed)
+        return statistics.mean(found.values())
 
     dense, dense_accuracy = quality(), accuracy()
     rows: list[dict[str, Any]] = []

@@ -22,12 +22,12 @@ from torch import Tensor
 from ..attention import AppliedAttention, Hierarchical, Observed, Prompt, SinkWindow, apply, watch
 from ..measure.data import held_out_python
 from ..measure.quality import Quality, bits_per_byte, relative_change
-from ..measure.retrieval import retrieval_accuracy
 from ..measure.tokens import encode
 from ..models.load import Loaded, load
 from ..ops.formats.stripes import KeyLists, Window
 from . import CLAIMS
 from .base import ClaimResult
+from .forced import forced_accuracy
 
 NAME = "hip-beats-window"
 TASKS = ("passkey", "key_value")
@@ -112,19 +112,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
             quality = bits_per_byte(
                 model, tokenizer, text, length=length, stride=length // 2, max_tokens=3 * length, seed=seed
             )
-            accuracy = {
-                task: retrieval_accuracy(
-                    model,
-                    tokenizer,
-                    task=task,
-                    length=length,
-                    filler=text,
-                    num_prompts=num_prompts,
-                    seed=seed,
-                    mode="teacher_forced",
-                ).accuracy.value
-                for task in TASKS
-            }
+            accuracy = forced_accuracy(loaded, TASKS, text, length=length, num_prompts=num_prompts, seed=seed)
             if applied is None or policy is None:
                 return Measured(quality, accuracy, 1.0, 0.0)
             density = statistics.mean(applied.density().values())

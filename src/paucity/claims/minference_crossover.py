@@ -24,11 +24,11 @@ from ..attention import VerticalSlash, apply, record, to_json
 from ..kernels import dispatch
 from ..measure.cost import time_interleaved
 from ..measure.data import held_out_python
-from ..measure.retrieval import retrieval_accuracy
 from ..measure.tokens import context_length, encode
 from ..models.load import Loaded, load
 from . import CLAIMS
 from .base import ClaimResult
+from .forced import forced_accuracy
 
 NAME = "minference-crossover"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -65,16 +65,8 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     for name in ("dense", "sparse"):
         applied = apply(loaded.model, POLICY) if name == "sparse" else None
         try:
-            passkey[name] = retrieval_accuracy(
-                loaded.model,
-                tokenizer,
-                task="passkey",
-                length=length,
-                filler=text,
-                num_prompts=num_prompts,
-                seed=seed,
-                mode="teacher_forced",
-            ).accuracy.value
+            found = forced_accuracy(loaded, ("passkey",), text, length=length, num_prompts=num_prompts, seed=seed)
+            passkey[name] = found["passkey"]
         finally:
             if applied is not None:
                 applied.remove()

@@ -32,11 +32,12 @@ from ..checks import InputError
 from ..measure.data import held_out_python, python_documents
 from ..measure.prompts import TASKS
 from ..measure.quality import bits_per_byte
-from ..measure.retrieval import ANSWER_SLACK, build_prompt, retrieval_accuracy
+from ..measure.retrieval import ANSWER_SLACK, build_prompt
 from ..measure.tokens import context_length, encode, line_end_ids
 from ..models.load import Loaded, load
 from . import CLAIMS
 from .base import ClaimResult
+from .forced import forced_accuracy
 
 NAME = "moa-beats-uniform"
 TASKS_ASKED = ("passkey", "key_value")
@@ -154,20 +155,8 @@ def measured(
     rows: list[dict[str, Any]] = []
     for length in lengths:
         with in_force(model, policies[length]) as density:
-            row: dict[str, Any] = {"length": length}
-            for task in TASKS_ASKED:
-                found = retrieval_accuracy(
-                    model,
-                    tokenizer,
-                    task=task,
-                    length=length,
-                    filler=held_out,
-                    num_prompts=num_prompts,
-                    seed=seed,
-                    mode="teacher_forced",
-                )
-                row[task] = found.accuracy.value
-            rows.append(row | {"density": density()})
+            found = forced_accuracy(loaded, TASKS_ASKED, held_out, length=length, num_prompts=num_prompts, seed=seed)
+            rows.append({"length": length, **found, "density": density()})
     length = lengths[-1]
     with in_force(model, policies[length]) as density:
         text = bits_per_byte(model, tokenizer, held_out, length=length, stride=length // 2, max_tokens=max_tokens)

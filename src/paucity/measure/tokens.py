@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import fail
+from ..checks import check_ndim, fail
 
 Progress = Callable[[int, int], object]
 """Called with (done, total) as a measurement goes on."""
@@ -46,6 +46,13 @@ def check_context(function: str, argument: str, model: nn.Module, length: int) -
     limit = context_length(model)
     if limit is not None and length > limit:
         raise fail(function, argument, f"be at most the model's context of {limit} tokens", length)
+
+
+def check_batch(function: str, argument: str, ids: Tensor, least: int = 2) -> None:
+    """Raise InputError unless ``ids`` is ``[B, T]`` with a row and at least ``least`` tokens in it."""
+    check_ndim(function, argument, ids, 2)
+    if not len(ids) or ids.shape[1] < least:
+        raise fail(function, argument, f"have a row of at least {least} tokens", f"shape {list(ids.shape)}")
 
 
 @contextmanager

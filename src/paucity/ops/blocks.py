@@ -138,6 +138,11 @@ def grouped_products(query: Tensor, key: Tensor) -> Tensor:
     return (together @ key.mT).view(batch, heads, rows, key.shape[2])
 
 
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(logits / softcap)``, which stays within ``softcap`` of 0; ``logits`` as they are for None."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def cover_mask(mass: Tensor, share: float, *, forced: Tensor | None = None) -> Tensor:
     """The fewest entries of every row that, with the forced ones, hold ``share`` of its mass: bool ``[..., n]``.
 

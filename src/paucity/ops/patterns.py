@@ -82,7 +82,7 @@ def text_mask(
     before, shift = num_keys - num_queries, dropped % block_size
     q_len = num_queries + before % block_size
     seen = visible_blocks(num_queries, num_keys, block_size, block_size, window=window, device=kept.device)
-    if not shift:
+    if not shift or dropped + num_keys <= block_size:  # one block holds the text, and straddles nothing
         return BlockMask((kept & seen)[None], block_size, block_size, q_len, num_keys)
     grid_rows, grid_columns = seen.shape
     # Row a of the mask has the last tokens of block a of the text, counted from that of the first key, and the first

@@ -265,3 +265,61 @@ def test_bad_input(change, message):
     given = {"query": query, "key": key, "value": value} | change
     with pytest.raises(InputError, match=message):
         decode_attention(**given)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_starts_shift_everything(twin, listed, option):
+    """Positions, pages, lengths and window count from the start; the rest of the buffer is not looked at."""
+    query, key, value = inputs(4, 2, 2, 40, 16, 24)
+    starts = torch.tensor([[0, 9], [3, 27]])
+    lengths = torch.tensor([[40, 20], [37, 2]])
+    pages = some_pages(2, 2, 40, 2, 0.8) if listed else None
+    options = {name: x for name, x in OPTIONS[option].items() if name != "lengths"}
+    padding = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) < 0.7 if option == "padding" else None
+    moved = {"lengths": lengths.to(twin.device)} if option == "lengths" else {}
+    moved["padding"] = None if padding is None else padding.to(twin.device)
+    got = decode_attention(
+        *(x.to(twin.device) for x in (query, key, value)),
+        None if pages is None else pages.to(twin.device),
+        page_size=2,
+        starts=starts.to(twin.device),
+        return_lse=True,
+        **moved,
+        **options,
+    )
+    for b, h in ((b, h) for b in range(2) for h in range(2)):
+        part = slice(int(starts[b, h]), int(starts[b, h]) + int(lengths[b, h] if option == "lengths" else 40))
+        mine = [x[b : b + 1, h : h + 1, part] for x in (key, value)]
+        real = None if padding is None else padding[b : b + 1, part]
+        chosen = None if pages is None else pages[b : b + 1, h : h + 1]
+        expected = naive(query[b : b + 1, 2 * h : 2 * h + 2], *mine, chosen, page_size=2, padding=real, **options)
+        check([x[b : b + 1, 2 * h : 2 * h + 2] for x in got], expected, torch.float32)
+
+
+def test_lists_of_any_length_share_a_buffer(twin):
+    query = inputs(4, 2, 1, 1, 16, 16)[0].to(twin.device)
+    flat = torch.randn(2, 100, 16, generator=torch.Generator().manual_seed(5)).to(twin.device)
+    flat[:, 60:70] = math.nan  # belongs to nobody
+    starts, lengths = torch.tensor([[0, 10], [70, 25]]), torch.tensor([[10, 0], [30, 35]])
+    key, value = flat[:, None, None].expand(2, 2, 2, 100, 16)
+    given = {"starts": starts.to(twin.device), "lengths": lengths.to(twin.device)}
+    out = decode_attention(query, key, value, **given)
+    for b, h in ((0, 0), (1, 0), (1, 1)):
+        part = slice(int(starts[b, h]), int(starts[b, h] + lengths[b, h]))
+        alone = decode_attention(query[b : b + 1, 2 * h : 2 * h + 2], *(x[None, None, part] for x in flat))
+        torch.testing.assert_close(out[b : b + 1, 2 * h : 2 * h + 2], alone, atol=1e-6, rtol=1e-6)
+    assert (out[0, 2:] == 0).all()
+
+
+def test_starts_out_of_range_are_refused(twin):
+    query, key, value = (x.to(twin.device) for x in inputs(4, 2, 1, 20, 8, 8))
+    for bad, lengths, message in (
+        (21, None, r"starts must be in \[0, 20\], got 21"),
+        (-1, None, r"starts must be in \[0, 20\], got -1"),
+        (3, [20, 18], r"lengths must be in \[0, 20 - start\], got 18"),
+    ):
+        given = {"starts": torch.tensor([0, bad], device=twin.device)}
+        given |= {} if lengths is None else {"lengths": torch.tensor(lengths, device=twin.device)}
+        with pytest.raises(InputError, match=message):
+            decode_attention(query, key, value, **given)

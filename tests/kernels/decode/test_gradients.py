@@ -22,6 +22,7 @@ OPTIONS = {
     "padding": torch.arange(11) >= torch.tensor([[0], [1]]),
     "softcap": 2.0,
 }
+STARTED = {"starts": torch.tensor([[0, 2], [3, 1]]), "lengths": torch.tensor([[10, 9], [8, 4]])}
 
 
 def dense(query, key, value, sinks=None):
@@ -50,6 +51,8 @@ def test_gradients_of_reference(monkeypatch):
         return out, lse.masked_fill(lse == -math.inf, 0.0)
 
     assert torch.autograd.gradcheck(run, tensors)
+    started = OPTIONS | STARTED
+    assert torch.autograd.gradcheck(lambda *args: decode_attention(*args, PAGES, **started), tensors)
     windowed = {"page_size": 3, "window": 4, "scale": 0.7}
     assert torch.autograd.gradcheck(lambda *args: decode_attention(*args, PAGES[:1, :1], **windowed), tensors)
 
@@ -76,9 +79,9 @@ def test_gradients_match_dense(twin, dtype, with_sinks):
 def test_opcheck(dtype, everything, monkeypatch):
     monkeypatch.setenv("PAUCITY_KERNELS", "auto")
     tensors = case(dtype)
-    rest = (None, None, None, 1, 0.5, None, None)
+    rest = (None, None, None, None, 1, 0.5, None, None)
     if not everything:
-        rest = (PAGES, OPTIONS["lengths"], OPTIONS["padding"], 2, 0.5, 2.0, 4)
+        rest = (PAGES, STARTED["lengths"], STARTED["starts"], OPTIONS["padding"], 2, 0.5, 2.0, 4)
     torch.library.opcheck(attend, (*tensors, *rest))
 
 

@@ -61,14 +61,15 @@ def visible(problem: Problem, queries: int, keys: int, first: int, last: int) ->
         kept = torch.zeros((*positions.shape[:3], keys + 1), dtype=torch.bool, device=device)
         kept = kept.scatter_(-1, positions % (keys + 1), True)[..., :keys]
     elif pattern.partial is None:
-        kept = pattern.blocks[:, :, blocks].repeat_interleave(pattern.k_block, -1)[..., :keys]
+        kept = pattern.blocks[:, :, blocks].repeat_interleave(min(pattern.k_block, keys), -1)[..., :keys]
     else:
         part = (pattern.q_block, pattern.k_block, rows, keys, pattern.partial[:, :, blocks], pattern.elements)
         kept = BlockMask(pattern.blocks[:, :, blocks], *part).to_dense() & near
         return kept if padding is None else kept & padding[:, None, None]
     # A whole block of queries keeps the same: one pass over the mask that comes out.
     kept = kept if padding is None else kept & padding[:, None, None]
-    near = F.pad(near, (0, 0, 0, -rows % pattern.q_block)).view(-1, pattern.q_block, keys)
+    block = min(pattern.q_block, max(1, rows))
+    near = F.pad(near, (0, 0, 0, -rows % block)).view(-1, block, keys)
     return (kept.unsqueeze(3) & near).flatten(2, 3)[:, :, :rows]
 
 

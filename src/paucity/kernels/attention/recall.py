@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...ops.blocks import grouped_products, soft_capped
 from ...ops.formats.stripes import causal_mask
 from .check import check_problem, default_scale
 from .pairs import visible
@@ -39,7 +40,7 @@ def attention_recall(
     scale = default_scale("attention_recall", query) if scale is None else scale
     problem = Problem(pattern, scale, softcap, padding, window)
     check_problem("attention_recall", query, key, key, problem)
-    batch, heads, queries, dim = query.shape
+    batch, heads, queries = query.shape[:3]
     keys, offset = key.shape[2], key.shape[2] - queries
     block = max(1, 128 // pattern.q_block) * pattern.q_block
     total = torch.zeros(batch, heads, device=query.device)
@@ -47,11 +48,7 @@ def attention_recall(
         rows = query[:, :, first : first + block].float() * scale
         last = first + rows.shape[2]
         stop = offset + last
-        logits = (
-            rows.reshape(batch, key.shape[1], heads // key.shape[1] * rows.shape[2], dim) @ key[:, :, :stop].float().mT
-        )
-        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-        logits = logits.view(batch, heads, -1, stop)
+        logits = soft_capped(grouped_products(rows, key[:, :, :stop].float()), softcap)
         seen = causal_mask(rows.shape[2], stop, padding=None if padding is None else padding[:, :stop], window=window)
         prob = logits.masked_fill(~seen.to(logits.device), -torch.inf).softmax(-1).nan_to_num(0.0)
         mask = visible(problem, queries, keys, first, last)[..., :stop]

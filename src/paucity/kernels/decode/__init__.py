@@ -23,6 +23,7 @@ def decode_attention(
     *,
     page_size: int = 1,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     padding: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -46,7 +47,10 @@ def decode_attention(
         pages: ``[B or 1, Hkv or 1, n]`` int32 or int64: the pages that the queries of a KV head read, in any order and
             without repeats (a page listed twice counts twice); -1 is none. None is every page.
         page_size: page ``p`` is the keys ``p * page_size`` to ``(p + 1) * page_size - 1``; 1 lists single keys.
-        lengths: ``[B]`` int32 or int64, keys that count in each row, ``Tk`` by default.
+        lengths: ``[B]`` or ``[B, Hkv]`` int32 or int64, keys that count in a row or for a KV head, all by default.
+        starts: ``[B]`` or ``[B, Hkv]`` int32 or int64, the place of the first key that counts, 0 by default;
+            positions, pages and lengths count from there. So lists of any length can share one buffer ``[N, D]``,
+            expanded to ``[B, Hkv, N, D]``, and rows with padding before their text have pages of their own.
         padding: ``[B, Tk]`` bool, False where a key is padding.
         scale: factor on the products, ``1 / sqrt(D)`` by default.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
@@ -61,15 +65,14 @@ def decode_attention(
     Raises:
         InputError: if shapes or dtypes do not fit, or a page or a length is out of range.
     """
-    _check(query, key, value, pages, page_size, lengths, padding, softcap, window, sinks)
+    _check(query, key, value, pages, page_size, lengths, starts, padding, softcap, window, sinks)
     if scale is not None:
         check_range(_NAME, "scale", scale, open_low=True, open_high=True)
-    if lengths is not None:
-        lengths = lengths.long()
+    lengths, starts = (_by_head(x, key.shape[:2]) for x in (lengths, starts))
     scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     page_size, window = min(page_size, _MOST), None if window is None else min(window, _MOST)
-    out, lse = attend(query, key, value, pages, lengths, padding, page_size, scale, softcap, window)
+    out, lse = attend(query, key, value, pages, lengths, starts, padding, page_size, scale, softcap, window)
     if sinks is not None:
         sink = sinks.to(lse.dtype).view(-1, 1)
         share = torch.sigmoid(lse - sink.clamp(min=torch.finfo(lse.dtype).min))  # -inf - -inf is no number
@@ -85,6 +88,7 @@ def _check(
     pages: Tensor | None,
     page_size: int,
     lengths: Tensor | None,
+    starts: Tensor | None,
     padding: Tensor | None,
     softcap: float | None,
     window: int | None,
@@ -107,9 +111,10 @@ def _check(
         _check_integers("pages", pages)
         if pages.shape[0] not in (1, batch) or pages.shape[1] not in (1, kv_heads):
             raise fail(_NAME, "pages", f"fit {batch} rows and {kv_heads} heads of keys", list(pages.shape))
-    if lengths is not None:
-        check_shape(_NAME, "lengths", lengths, batch)
-        _check_integers("lengths", lengths)
+    for argument, numbers in (("lengths", lengths), ("starts", starts)):
+        if numbers is not None:
+            check_shape(_NAME, argument, numbers, *(batch, kv_heads)[: max(1, numbers.ndim)])
+            _check_integers(argument, numbers)
     if padding is not None:
         check_bool(_NAME, "padding", padding)
         check_shape(_NAME, "padding", padding, batch, keys)
@@ -120,7 +125,13 @@ def _check(
     if sinks is not None:
         check_floating(_NAME, "sinks", sinks)
         check_shape(_NAME, "sinks", sinks, heads)
-    check_devices(_NAME, query.device, key=key, value=value, pages=pages, lengths=lengths, padding=padding, sinks=sinks)
+    others = {"key": key, "value": value, "pages": pages, "lengths": lengths, "starts": starts}
+    check_devices(_NAME, query.device, **others, padding=padding, sinks=sinks)
+
+
+def _by_head(numbers: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """``[B, Hkv]`` int64."""
+    return None if numbers is None else numbers.long().view(shape[0], -1).expand(shape)
 
 
 def _check_integers(argument: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from .. import native
 from ..native import INT, Pointer
 from .problem import Problem
 
-PAGE, LENGTH = 1, 2
+PAGE, LENGTH, START = 1, 2, 3
 
 
 class _Sizes(ctypes.Structure):
@@ -24,14 +24,14 @@ class _Sizes(ctypes.Structure):
     )
 
 
-_attend = native.function("decode_attention", *[Pointer] * 9)
+_attend = native.function("decode_attention", *[Pointer] * 10)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor, int]:
     """``(out [B, H, Tq, Dv], lse [B, H, Tq] float32, code)``.
 
-    The code is 0, or ``PAGE`` or ``LENGTH`` where a number is out of range; then no key was read and the rest is
-    worthless. A cache is read where it lies as long as the last of its strides is 1.
+    The code is 0, or ``PAGE``, ``LENGTH`` or ``START`` where a number is out of range; then no key was read and the
+    rest is worthless. A cache is read where it lies as long as the last of its strides is 1.
     """
     batch, heads, queries, dim = query.shape
     _, kv_heads, keys, value_dim = value.shape
@@ -51,6 +51,5 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         *(*key.stride()[:3], *value.stride()[:3], *listed),
         *(problem.window or 0, problem.scale, problem.softcap or 0.0),
     )
-    lengths = None if lengths is None else lengths.contiguous()
-    padding = None if padding is None else padding.contiguous()
-    return out, lse, _attend(query, key, value, pages, lengths, padding, out, lse, sizes)
+    lengths, starts, padding = (None if x is None else x.contiguous() for x in (lengths, problem.starts, padding))
+    return out, lse, _attend(query, key, value, pages, lengths, starts, padding, out, lse, sizes)

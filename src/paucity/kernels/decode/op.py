@@ -22,6 +22,7 @@ def attend(
     value: Tensor,
     pages: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     padding: Tensor | None,
     page_size: int,
     scale: float,
@@ -29,7 +30,7 @@ def attend(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of `Problem`."""
-    problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
+    problem = _problem(key, pages, lengths, starts, padding, page_size, scale, softcap, window)
     if not query.shape[:3].numel():
         return _outputs(query, value)
     twin = dispatch.module("decode attention", query, __package__)
@@ -60,6 +61,7 @@ def attend_backward(
     lse: Tensor,
     pages: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     padding: Tensor | None,
     page_size: int,
     scale: float,
@@ -67,7 +69,7 @@ def attend_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, by the reference on every device."""
-    problem = _problem(key, pages, lengths, padding, page_size, scale, softcap, window)
+    problem = _problem(key, pages, lengths, starts, padding, page_size, scale, softcap, window)
     if not query.shape[:3].numel():
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     return reference.backward(grad_out, grad_lse, query, key, value, out, lse, problem)
@@ -79,13 +81,13 @@ def _(grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.options = inputs[7:]
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)
@@ -113,6 +115,7 @@ def _problem(
     key: Tensor,
     pages: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     padding: Tensor | None,
     page_size: int,
     scale: float,
@@ -120,7 +123,7 @@ def _problem(
     window: int | None,
 ) -> Problem:
     """The problem, a page being no longer than the cache: a size like 2^62 would overflow."""
-    return Problem(scale, pages, min(page_size, max(key.shape[2], 1)), lengths, padding, softcap, window)
+    return Problem(scale, pages, min(page_size, max(key.shape[2], 1)), lengths, starts, padding, softcap, window)
 
 
 def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,19 +134,27 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_numbers(key: Tensor, problem: Problem) -> None:
     """Refuse pages and lengths that are out of range."""
-    keys, pages, lengths = key.shape[2], problem.pages, problem.lengths
+    keys, pages, lengths, starts = key.shape[2], problem.pages, problem.lengths, problem.starts
     wrong = [(pages < -1) | (pages >= -(-keys // problem.page_size))] if pages is not None else []
-    wrong += [(lengths < 0) | (lengths > keys)] if lengths is not None else []
+    wrong += [(starts < 0) | (starts > keys)] if starts is not None else []
+    wrong += [(lengths < 0) | (lengths > _room(key, problem))] if lengths is not None else []
     if any(bool(x.any()) for x in wrong):
         raise _out_of_range(key, problem)
 
 
+def _room(key: Tensor, problem: Problem) -> Tensor | int:
+    """Keys of the cache from the start of each list on."""
+    return key.shape[2] if problem.starts is None else key.shape[2] - problem.starts
+
+
 def _out_of_range(key: Tensor, problem: Problem) -> InputError:
     """The error that names the first number out of range."""
-    keys, pages, lengths = key.shape[2], problem.pages, problem.lengths
-    if lengths is not None and ((lengths < 0) | (lengths > keys)).any():
-        first = lengths[(lengths < 0) | (lengths > keys)][0].item()
-        return fail(_NAME, "lengths", f"be in [0, {keys}]", first)
+    keys, pages, lengths, starts = key.shape[2], problem.pages, problem.lengths, problem.starts
+    if starts is not None and (wrong := (starts < 0) | (starts > keys)).any():
+        return fail(_NAME, "starts", f"be in [0, {keys}]", starts[wrong][0].item())
+    if lengths is not None and (wrong := (lengths < 0) | (lengths > _room(key, problem))).any():
+        room = f"be in [0, {keys}]" if starts is None else f"be in [0, {keys} - start]"
+        return fail(_NAME, "lengths", room, lengths[wrong][0].item())
     assert pages is not None
     last = -(-keys // problem.page_size) - 1
     first = pages[(pages < -1) | (pages > last)][0].item()

@@ -16,7 +16,9 @@ class Problem:
         scale: factor on the products.
         pages: ``[B or 1, Hkv or 1, n]`` int32 or int64, page numbers; -1 is none. None lists every key.
         page_size: keys of a page.
-        lengths: ``[B]`` int64, keys that count in each row; None is all.
+        lengths: ``[B, Hkv]`` int64, keys that count in each list; None is all.
+        starts: ``[B, Hkv]`` int64, where the list of a KV head begins in the cache; positions, pages and lengths count
+            from there. None is the first key.
         padding: ``[B, Tk]`` bool, False where a key is padding; None where none is.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None is no cap.
         window: sliding window of the model.
@@ -26,6 +28,7 @@ class Problem:
     pages: Tensor | None = None
     page_size: int = 1
     lengths: Tensor | None = None
+    starts: Tensor | None = None
     padding: Tensor | None = None
     softcap: float | None = None
     window: int | None = None

@@ -11,7 +11,7 @@ from .problem import Problem
 def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """``(out [B, H, Tq, Dv], lse [B, H, Tq])``; a query that sees nothing has output 0 and lse -inf."""
     at, listed = _positions(key, problem)
-    rows, keys, values = _rows(query, key), _gather(key, at, listed), _gather(value, at, listed)
+    rows, keys, values = _rows(query, key), _gather(key, at, listed, problem), _gather(value, at, listed, problem)
     logits, _ = _logits(rows, keys, _visible(query.shape[2], key.shape[2], at, listed, problem), problem)
     lse = logits.logsumexp(-1)
     out = _weights(logits, lse) @ values
@@ -33,7 +33,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the weights are computed again."""
     at, listed = _positions(key, problem)
-    rows, keys, values = _rows(query, key), _gather(key, at, listed), _gather(value, at, listed)
+    rows, keys, values = _rows(query, key), _gather(key, at, listed, problem), _gather(value, at, listed, problem)
     logits, slope = _logits(rows, keys, _visible(query.shape[2], key.shape[2], at, listed, problem), problem)
     weights = _weights(logits, lse.reshape(logits.shape[:3]).to(logits.dtype))
     grad = _rows(grad_out, key)
@@ -42,8 +42,8 @@ def backward(
     grad_logits = weights * (grad @ values.mT - inner.unsqueeze(-1)) * (problem.scale * slope)
     return (
         (grad_logits @ keys).reshape(query.shape).to(query.dtype),
-        _scatter(grad_logits.mT @ rows, at, listed, key),
-        _scatter(weights.mT @ grad, at, listed, value),
+        _scatter(grad_logits.mT @ rows, at, listed, key, problem),
+        _scatter(weights.mT @ grad, at, listed, value, problem),
     )
 
 
@@ -66,23 +66,32 @@ def _rows(x: Tensor, key: Tensor) -> Tensor:
 def _positions(key: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Positions of the listed keys, ``[B, Hkv, m]``, and which of them count; the others are at 0."""
     batch, heads, keys = key.shape[:3]
+    length = _lengths(keys, problem)
     if problem.pages is None:
-        at = torch.arange(keys, device=key.device).expand(batch, heads, -1)
+        longest = keys if problem.lengths is None else int(problem.lengths.max())
+        at = torch.arange(longest, device=key.device).expand(batch, heads, -1)
     else:
         within = torch.arange(problem.page_size, device=key.device)
         pages = problem.pages.long().unsqueeze(-1)
         at = torch.where(pages >= 0, pages * problem.page_size + within, -1).flatten(2).expand(batch, heads, -1)
-    length = keys if problem.lengths is None else problem.lengths.view(-1, 1, 1)
-    listed = (at >= 0) & (at < length)
+    listed = (at >= 0) & (at < (length if isinstance(length, int) else length.unsqueeze(-1)))
     at = at.where(listed, 0)
     if problem.padding is not None:
-        listed = listed & problem.padding.gather(1, at.flatten(1)).view(at.shape)
+        listed = listed & problem.padding.gather(1, _places(at, keys, problem).flatten(1)).view(at.shape)
     return at, listed
+
+
+def _lengths(keys: int, problem: Problem) -> Tensor | int:
+    """Keys of each list, ``[B, Hkv]``, or of all of them."""
+    if problem.lengths is not None:
+        return problem.lengths
+    return keys if problem.starts is None else keys - problem.starts
 
 
 def _visible(queries: int, keys: int, at: Tensor, listed: Tensor, problem: Problem) -> Tensor:
     """``[B, Hkv, Tq, m]``: which of the keys each query sees."""
-    length = keys if problem.lengths is None else problem.lengths.view(-1, 1, 1, 1)
+    length = _lengths(keys, problem)
+    length = length if isinstance(length, int) else length[..., None, None]
     stands = length + torch.arange(-queries, 0, device=at.device).unsqueeze(-1)
     at = at.unsqueeze(2)
     visible = listed.unsqueeze(2) & (at <= stands)
@@ -104,14 +113,21 @@ def _weights(logits: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
 
 
-def _gather(source: Tensor, at: Tensor, listed: Tensor) -> Tensor:
+def _places(at: Tensor, keys: int, problem: Problem) -> Tensor:
+    """Where positions of the lists lie in the cache; those that do not count lie anywhere in it."""
+    return at if problem.starts is None else (at + problem.starts.unsqueeze(-1)).clamp(max=max(keys - 1, 0))
+
+
+def _gather(source: Tensor, at: Tensor, listed: Tensor, problem: Problem) -> Tensor:
     """Rows of the cache ``[B, Hkv, m, D]``, 0 for what does not count, whatever the cache holds there."""
+    at = _places(at, source.shape[2], problem)
     taken = source.gather(2, at.unsqueeze(-1).expand(-1, -1, -1, source.shape[-1])).to(_lse_dtype(source))
     return taken.masked_fill(~listed.unsqueeze(-1), 0.0)
 
 
-def _scatter(rows: Tensor, at: Tensor, listed: Tensor, like: Tensor) -> Tensor:
+def _scatter(rows: Tensor, at: Tensor, listed: Tensor, like: Tensor, problem: Problem) -> Tensor:
     """Adds rows at their positions of a cache of zeros."""
     rows = rows.masked_fill(~listed.unsqueeze(-1), 0.0)
+    at = _places(at, like.shape[2], problem)
     total = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
     return total.scatter_add_(2, at.unsqueeze(-1).expand_as(rows), rows).to(like.dtype)

@@ -21,7 +21,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     _, kv_heads, keys, value_dim = value.shape
     query = query.contiguous()
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    pages, lengths, padding = problem.pages, problem.lengths, problem.padding
+    pages, lengths, starts, padding = problem.pages, problem.lengths, problem.starts, problem.padding
+    lengths, starts = (None if x is None else x.contiguous() for x in (lengths, starts))
     listed, by_row, by_head = keys, 0, 0
     if pages is not None:
         listed = pages.shape[2] * problem.page_size
@@ -41,12 +42,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     part_lse = query.new_empty(owners, splits, rows, dtype=torch.float32)
     width = triton.next_power_of_2(value_dim)
     _attend[(owners, row_blocks, splits)](
-        *(query, key, value, pages, lengths, None if padding is None else padding.contiguous(), part_out, part_lse),
+        *(query, key, value, pages, lengths, starts, None if padding is None else padding.contiguous()),
+        *(part_out, part_lse),
         *(kv_heads, rows, queries, keys, dim, value_dim, listed, problem.page_size, by_row, by_head),
         *(*key.stride()[:3], *value.stride()[:3]),
         *(problem.window or 0, problem.scale, problem.softcap or 0.0, steps),
         HAS_PAGES=pages is not None,
         HAS_LENGTHS=lengths is not None,
+        HAS_STARTS=starts is not None,
         HAS_PADDING=padding is not None,
         HAS_SOFTCAP=problem.softcap is not None,
         HAS_WINDOW=problem.window is not None,
@@ -70,6 +73,7 @@ def _attend(
     value,
     pages,
     lengths,
+    starts,
     padding,
     part_out,
     part_lse,
@@ -95,6 +99,7 @@ def _attend(
     steps,
     HAS_PAGES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -111,14 +116,18 @@ def _attend(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DIM)
     dv = tl.arange(0, WIDTH)
-    length = keys
+    length = owner * 0 + keys
+    start = owner * 0
+    if HAS_STARTS:
+        start = tl.load(starts + owner)
+        length -= start
     if HAS_LENGTHS:
-        length = tl.load(lengths + batch)
+        length = tl.load(lengths + owner)
     stands = length - queries + row % queries
     q_mask = (row < rows)[:, None] & (d < dim)[None, :]
     q = tl.load(query + (owner * rows + row)[:, None] * dim + d[None, :], mask=q_mask, other=0.0)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    key += batch * key_batch + head * key_head + start * key_row
+    value += batch * value_batch + head * value_head + start * value_row
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -135,7 +144,7 @@ def _attend(
         if HAS_WINDOW:
             kept = kept & (at > length - queries - window)
         if HAS_PADDING:
-            kept = kept & (tl.load(padding + batch * keys + at, mask=kept, other=0) != 0)
+            kept = kept & (tl.load(padding + batch * keys + start + at, mask=kept, other=0) != 0)
         k = tl.load(key + at[:, None] * key_row + d[None, :], mask=kept[:, None] & (d < dim)[None, :], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:

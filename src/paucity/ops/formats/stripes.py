@@ -53,7 +53,7 @@ class KeyLists:
         """The pattern as a bool mask ``[B, H, num_queries, num_keys]``; arguments as in `causal_mask`."""
         rows = torch.zeros((*self.counts.shape, num_keys + 1), dtype=torch.bool, device=self.positions.device)
         rows.scatter_(-1, (self.positions.long() % (num_keys + 1)), True)
-        rows = rows[..., :num_keys].repeat_interleave(self.q_block, dim=2)[:, :, :num_queries]
+        rows = rows[..., :num_keys].repeat_interleave(min(self.q_block, num_queries), dim=2)[:, :, :num_queries]
         return rows & causal_mask(num_queries, num_keys, padding=padding, window=window, device=rows.device)
 
     def kept_pairs(
