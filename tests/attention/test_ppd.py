@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from paucity.attention import SinkWindow, apply
+from paucity.attention.decode import OracleTopK
 from paucity.attention.speculation import (
     DynamicTree,
     PromptTokens,
@@ -187,6 +189,20 @@ def test_decoding_stops_at_the_end_and_typical_acceptance_keeps_more(tiny_model)
     assert loose.tokens_per_step > exact.tokens_per_step
     sharp = prompt_decode(model, ids, eos_token_id=[], typical=TypicalAcceptance(alpha=1e6, epsilon=0.999), **options)
     assert torch.equal(sharp.tokens, free)
+
+
+def test_a_prefill_policy_rules_the_prompt_alone_and_others_are_refused(tiny_model):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (1, 40))
+    options = {"prompts": PromptTokens(torch.randn(2, 1, 32)), "tree": dynamic_tree(TABLE, 9), "max_new_tokens": 20}
+    applied = apply(model, SinkWindow(min_length=0, num_sinks=0, window_size=4))
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    assert torch.equal(prompt_decode(model, ids, **options).tokens, wanted)
+    applied.remove()
+    assert not torch.equal(prompt_decode(model, ids, **options).tokens, wanted)
+    applied = apply(model, OracleTopK())
+    with pytest.raises(InputError, match="model must carry no decode or eviction policy"):
+        prompt_decode(model, ids, **options)
+    applied.remove()
 
 
 def test_probabilities_are_the_share_of_right_guesses(tiny_model):

@@ -1,35 +1,34 @@
 """Self-speculation: greedy and sampled decoding give what the dense model gives, whatever the draft is worth."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from paucity.attention import SinkWindow, apply, remove
+from paucity.attention.decode import DecodePolicy, OracleTopK, Pages
+from paucity.attention.eviction import Knorm
 from paucity.attention.speculation import speculate
 from paucity.attention.speculation.verify import accept_greedy, accept_sampled
 from paucity.checks import InputError
 
 
-class Streaming(SinkWindow):
-    """A window with sinks in decode steps too."""
+class Streaming(DecodePolicy):
+    """The first key and the last ones; ``window_size`` beyond the text is everything."""
 
-    @property
-    def decodes(self):
-        return True
+    window_size: int = 2
+
+    def select(self, query, cached, prompt):
+        place = torch.arange(cached.longest).expand(*cached.lengths.shape, -1)
+        kept = (place < cached.lengths[..., None]) & (
+            (place == 0) | (place >= cached.lengths[..., None] - self.window_size)
+        )
+        return Pages(torch.where(kept, place, -1), 1)
 
 
-def sparse(model, **options):
-    @contextmanager
-    def drafting():
-        applied = apply(model, Streaming(min_length=0, **options))
-        try:
-            yield
-        finally:
-            applied.remove()
-
-    return drafting
+def sparse(**options):
+    return Streaming(min_length=0, **options)
 
 
 def greedy(model, ids, new, **options):
@@ -42,7 +41,7 @@ def greedy(model, ids, new, **options):
 def test_greedy_is_the_dense_model(tiny_model, architecture_, prompt, new, num_draft):
     model = tiny_model(architecture_)
     ids = torch.randint(3, 64, (1, prompt))
-    draft = sparse(model, num_sinks=1, window_size=2)
+    draft = sparse(window_size=2)
     found = speculate(model, ids, draft=draft, num_draft=num_draft, max_new_tokens=new)
     assert torch.equal(found.tokens, greedy(model, ids, new))
     assert int(found.advanced.sum()) == found.tokens.shape[1] - prompt - 1
@@ -50,12 +49,10 @@ def test_greedy_is_the_dense_model(tiny_model, architecture_, prompt, new, num_d
 
 def test_a_draft_that_sees_everything_is_always_accepted(tiny_model):
     model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 12))
-    whole = speculate(model, ids, draft=sparse(model, window_size=200), num_draft=4, max_new_tokens=21, eos_token_id=[])
+    whole = speculate(model, ids, draft=sparse(window_size=200), num_draft=4, max_new_tokens=21, eos_token_id=[])
     assert whole.accepted.tolist() == [[4, 4]] * 4
     assert (whole.acceptance, whole.tokens_per_step) == (1.0, 5.0)
-    blind = speculate(
-        model, ids, draft=sparse(model, num_sinks=0, window_size=1), num_draft=4, max_new_tokens=21, eos_token_id=[]
-    )
+    blind = speculate(model, ids, draft=sparse(window_size=1), num_draft=4, max_new_tokens=21, eos_token_id=[])
     assert torch.equal(blind.tokens, whole.tokens)
     assert blind.acceptance < 1
 
@@ -67,7 +64,7 @@ def test_rows_with_padding_and_ends_are_the_rows_alone(tiny_model):
     mask[1, :5], mask[2, :11] = 0, 0
     free = greedy(model, ids, 16, attention_mask=mask, eos_token_id=None)
     end = int(free[0, 17])
-    draft = sparse(model, num_sinks=1, window_size=3)
+    draft = sparse(window_size=3)
     options = {"draft": draft, "max_new_tokens": 16, "attention_mask": mask}
     assert torch.equal(speculate(model, ids, eos_token_id=[], **options).tokens, free)
     wanted = greedy(model, ids, 16, attention_mask=mask, eos_token_id=[end, 1])
@@ -108,7 +105,7 @@ def test_sampled_acceptance_keeps_the_distribution(seed):
 def test_sampling_follows_the_dense_model_and_its_seed(tiny_model):
     model = tiny_model("llama", vocab_size=12)
     ids = torch.randint(3, 12, (1, 6))
-    options = {"draft": sparse(model, window_size=2), "num_draft": 2, "eos_token_id": [], "do_sample": True}
+    options = {"draft": sparse(window_size=2), "num_draft": 2, "eos_token_id": [], "do_sample": True}
     once = speculate(model, ids, max_new_tokens=9, seed=3, **options).tokens
     assert torch.equal(once, speculate(model, ids, max_new_tokens=9, seed=3, **options).tokens)
     assert not torch.equal(once, speculate(model, ids, max_new_tokens=9, seed=4, **options).tokens)
@@ -128,7 +125,7 @@ def test_sampling_follows_the_dense_model_and_its_seed(tiny_model):
 def test_transformers_own_assisted_decoding_takes_a_sparse_copy_as_its_assistant(tiny_model):
     model, ids = tiny_model("llama"), torch.randint(3, 64, (1, 40))
     assistant = copy.deepcopy(model)
-    apply(assistant, Streaming(min_length=0, num_sinks=1, window_size=4))
+    apply(assistant, sparse(window_size=4))
     try:
         found = greedy(model, ids, 20, assistant_model=assistant)
     finally:
@@ -136,9 +133,47 @@ def test_transformers_own_assisted_decoding_takes_a_sparse_copy_as_its_assistant
     assert torch.equal(found, greedy(model, ids, 20))
 
 
+@pytest.mark.parametrize("kind", ["applied", "context", "oracle"])
+def test_the_draft_may_be_a_policy_one_in_force_or_any_context(tiny_model, kind):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (1, 30))
+    wanted = greedy(model, ids, 20)
+    applied = apply(model, sparse(window_size=4)) if kind == "applied" else None
+    draft = {"applied": applied, "context": nullcontext, "oracle": OracleTopK(num_keys=6, min_length=0)}[kind]
+    found = speculate(model, ids, draft=draft, max_new_tokens=20)
+    assert torch.equal(found.tokens, wanted)
+    assert (found.draft_density is None) == (kind == "context")
+    if applied is not None:
+        assert found.draft_density < 0.2
+        assert not applied.paused
+        assert found.tokens.shape == speculate(model, ids, draft=applied, max_new_tokens=20).tokens.shape
+        applied.remove()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_prefill_policy_rules_the_prompt_alone(tiny_model):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (1, 40))
+    applied = apply(model, SinkWindow(min_length=0, num_sinks=0, window_size=4))
+    wanted = greedy(model, ids, 20)
+    assert torch.equal(speculate(model, ids, draft=sparse(), max_new_tokens=20).tokens, wanted)
+    applied.remove()
+    assert not torch.equal(wanted, greedy(model, ids, 20))
+
+
 def test_bad_input(tiny_model):
     model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 6))
-    draft = sparse(model, window_size=2)
+    with pytest.raises(InputError, match="draft must be a decode policy or a context, got int"):
+        speculate(model, ids, draft=3, max_new_tokens=4)
+    applied = apply(model, OracleTopK())
+    with pytest.raises(InputError, match="model must carry no other decode policy"):
+        speculate(model, ids, draft=sparse(), max_new_tokens=4)
+    applied.remove()
+    with pytest.raises(InputError, match="draft must be in force on the model"):
+        speculate(model, ids, draft=applied, max_new_tokens=4)
+    evicting = apply(model, Knorm())
+    with pytest.raises(InputError, match="model must carry no eviction policy"):
+        speculate(model, ids, draft=sparse(), max_new_tokens=4)
+    evicting.remove()
+    draft = sparse(window_size=2)
     with pytest.raises(InputError, match="num_draft must be at least 1"):
         speculate(model, ids, draft=draft, num_draft=0, max_new_tokens=4)
     with pytest.raises(InputError, match="temperature must be in"):

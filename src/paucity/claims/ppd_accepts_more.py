@@ -41,9 +41,9 @@ from .base import ClaimResult
 
 NAME = "ppd-accepts-more"
 NUM_PROMPTS, TOP_K, LEARNING_RATE, NUM_PLACES = 3, 10, 5e-2, 64
-STEPS, QUICK_STEPS, TRAINING_LENGTH, TRAINING_CHARACTERS = 100, 30, 512, 400_000
+STEPS, QUICK_STEPS, TRAINING_LENGTH, TRAINING_CHARACTERS = 100, 24, 512, 200_000
 SIZES, QUICK_SIZES, LATENCY_SIZES = (8, 16, 32), (16,), (1, 2, 4, 8, 12, 16, 24, 32)
-NUM_SEEDS, NUM_TEXTS, QUICK_TEXTS, PROMPT, NEW = 2, 5, 3, 256, 96
+NUM_SEEDS, NUM_TEXTS, QUICK_TEXTS, PROMPT, NEW, QUICK_NEW = 2, 5, 3, 256, 96, 40
 
 
 def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimResult:
@@ -57,7 +57,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     started = time.monotonic()
     loaded = loaded or load("embedded", dtype="float32")
     seeds = [seed + i for i in range(1 if quick else NUM_SEEDS)]
-    steps, sizes = (QUICK_STEPS, QUICK_SIZES) if quick else (STEPS, SIZES)
+    steps, sizes, new = (QUICK_STEPS, QUICK_SIZES, QUICK_NEW) if quick else (STEPS, SIZES, NEW)
     found: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
     training: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         )
         accept = accept_probabilities(loaded.model, prompts, known, top_k=TOP_K, seed=one)
         training.append({"loss_first": losses[0], "loss_last": losses[-1], "right_by_rank": accept.tolist()})
-        wanted = [_greedy(loaded, ids) for ids in asked]
+        wanted = [_greedy(loaded, ids, new) for ids in asked]
         for size in sizes:
             for name, tree in _trees(accept, size, one).items():
                 gained, same = _count(loaded, asked, wanted, prompts, tree)
@@ -84,7 +84,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
                     {"seed": one, "size": size, "tree": name, "tokens_per_pass": gained, "expected": tree.expected}
                 )
         if one == seeds[-1]:
-            speed = _speed(loaded, asked[:2], prompts, accept)
+            speed = _speed(loaded, asked[: 1 if quick else 2], prompts, accept, new)
     means = {name: sum(values) / len(values) for name, values in found.items()}
     return ClaimResult(
         claim=NAME,
@@ -133,8 +133,8 @@ def _trees(accept: Tensor, size: int, seed: int) -> dict[str, DynamicTree]:
     }
 
 
-def _greedy(loaded: Loaded, ids: Tensor) -> Tensor:
-    return decode(loaded.model, *prefill(loaded.model, ids), NEW)
+def _greedy(loaded: Loaded, ids: Tensor, new: int) -> Tensor:
+    return decode(loaded.model, *prefill(loaded.model, ids), new)
 
 
 def _count(
@@ -143,21 +143,23 @@ def _count(
     """Tokens for each pass over all prompts, and whether all continuations are the greedy ones."""
     passes, tokens, same = 0, 0, True
     for ids, greedy in zip(asked, wanted, strict=True):
-        done = prompt_decode(loaded.model, ids, prompts=prompts, tree=tree, max_new_tokens=NEW, eos_token_id=[])
+        done = prompt_decode(
+            loaded.model, ids, prompts=prompts, tree=tree, max_new_tokens=greedy.shape[1], eos_token_id=[]
+        )
         passes, tokens = passes + len(done.advanced), tokens + int(done.advanced.sum())
         same &= torch.equal(done.tokens[:, ids.shape[1] :].cpu(), greedy.cpu())
     return tokens / passes, same
 
 
-def _speed(loaded: Loaded, asked: list[Tensor], prompts: PromptTokens, accept: Tensor) -> dict[str, float]:
+def _speed(loaded: Loaded, asked: list[Tensor], prompts: PromptTokens, accept: Tensor, new: int) -> dict[str, float]:
     """The tree of the best size on this machine, against plain decoding; prompts are read in both."""
     latency = measure_tree_latency(loaded.model, LATENCY_SIZES, context=asked[0].shape[1], repeats=5)
     tree = hardware_aware_tree(accept, latency)
     seconds = {"plain": 0.0, "ppd": 0.0}
     for ids in asked:
-        ppd = partial(prompt_decode, loaded.model, ids, prompts=prompts, tree=tree, max_new_tokens=NEW, eos_token_id=[])
-        timed = time_interleaved({"plain": partial(_greedy, loaded, ids), "ppd": ppd}, repeats=3)
+        ppd = partial(prompt_decode, loaded.model, ids, prompts=prompts, tree=tree, max_new_tokens=new, eos_token_id=[])
+        timed = time_interleaved({"plain": partial(_greedy, loaded, ids, new), "ppd": ppd}, repeats=3)
         for name, timing in timed.timings.items():
             seconds[name] += timing.median
-    rates = {f"{name}_tokens_per_second": len(asked) * NEW / taken for name, taken in seconds.items()}
+    rates = {f"{name}_tokens_per_second": len(asked) * new / taken for name, taken in seconds.items()}
     return {"tree_size": tree.size, "expected": tree.expected, **rates, "speedup": seconds["plain"] / seconds["ppd"]}

@@ -7,17 +7,18 @@
 """
 
 from .candidates import TreeState
+from .drafting import Draft
 from .fixed_trees import full_tree, random_tree, static_tree
 from .latency import measure_tree_latency
 from .ppd import TypicalAcceptance, prompt_decode
 from .prompt_tokens import PromptTokens, accept_probabilities, train_prompt_tokens
 from .result import Speculation
 from .sparse_tree import DynamicTree, dynamic_tree, hardware_aware_tree
-from .speculate import Drafting, speculate
+from .speculate import speculate
 from .tree import tree_attention, tree_mask, tree_positions
 
 __all__ = [
-    "Drafting",
+    "Draft",
     "DynamicTree",
     "PromptTokens",
     "Speculation",

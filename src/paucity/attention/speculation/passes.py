@@ -21,7 +21,8 @@ from ...kernels.attention import sparse_attention
 from ...measure.tokens import context_length
 from ...ops.formats.block import BlockMask
 from .. import interface
-from ..apply import _implementation, _set_implementation
+from ..install import _set_implementation, _text_config
+from ..site import ATTRIBUTE, Site
 from .tree import tree_pattern, tree_positions
 
 NAME = "paucity_tree"
@@ -43,9 +44,21 @@ class _Tree:
 _TREE: ContextVar[_Tree] = ContextVar("tree")
 
 
+def sites(model: nn.Module) -> list[Site]:
+    """What the attention modules of a model carry of policies; empty where there are none."""
+    found = (getattr(module, ATTRIBUTE, None) for module in model.modules())
+    return [site for site in found if isinstance(site, Site)]
+
+
 @contextmanager
 def tree_passes(model: nn.Module) -> Iterator[None]:
-    """Let `tree_pass` be called on ``model``; its attention of before is restored at the end."""
+    """Let `tree_pass` be called on ``model``; its attention of before is restored at the end.
+
+    Raises:
+        InputError: if the attention of the model cannot be exchanged, or it carries a decode or an eviction policy.
+    """
+    if any(site.decode or site.eviction for site in sites(model)):
+        raise fail("tree_passes", "model", "carry no decode or eviction policy", "one that does")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, interface.attention_mask)
     before = _implementation(model)
@@ -145,7 +158,7 @@ def attention(
     """
     tree = _TREE.get(None)
     if tree is None:
-        return interface.attention(
+        return interface.attention(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling=scaling, softcap=softcap, **kwargs
         )
     if dropout or any(kwargs.get(name) is not None for name in ("s_aux", "position_bias", "cache")):
@@ -161,3 +174,9 @@ def attention(
     pattern = tree.pattern(key.shape[2], window)
     out = sparse_attention(query, key, value, pattern, scale=scale, softcap=softcap, padding=padding, causal=False)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _implementation(model: nn.Module) -> str:
+    if not hasattr(model, "set_attn_implementation"):
+        raise fail("tree_passes", "model", "be a Hugging Face model", type(model).__name__)
+    return str(_text_config(model)._attn_implementation)

@@ -13,8 +13,8 @@ draft, which the decode policies here keep themselves where they need one.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,10 @@ from transformers import Cache, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from ...checks import check_int, check_ndim, check_range, check_shape, fail
 from ...measure.tokens import check_context, device_of, evaluating
+from .drafting import Draft, drafting, without_prefill
 from .passes import text_pass
 from .result import Speculation, end_tokens
 from .verify import accept_greedy, accept_sampled
-
-Drafting = Callable[[], AbstractContextManager[object]]
-"""Switches sparse attention on for a ``with`` block."""
 
 
 class Sampler:
@@ -71,7 +69,7 @@ def speculate(
     model: nn.Module,
     input_ids: Tensor,
     *,
-    draft: Drafting,
+    draft: Draft,
     num_draft: int = 4,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -89,7 +87,8 @@ def speculate(
     Args:
         model: a causal language model.
         input_ids: int64 ``[B, T]``, padded on the left.
-        draft: a context in which the model is sparse.
+        draft: a decode policy, what `paucity.attention.apply` returned for one, or a function that gives a context in
+            which the model is sparse in whatever way.
         num_draft: tokens drafted for each pass that verifies.
         max_new_tokens: after the prompt.
         attention_mask: ``[B, T]``, 0 or False where a token is padding.
@@ -102,8 +101,11 @@ def speculate(
         pad_token_id: what follows the end of a row; the first of those that end a text by default.
         cache: an empty cache that can be cropped, if the draft needs one of its own.
 
+    A prefill policy that the model carries rules the prompt, and nothing else.
+
     Raises:
-        InputError: if a number is out of range, padding is not on the left, or the context is too short.
+        InputError: if a number is out of range, padding is not on the left, the context is too short, or the model
+            carries an eviction policy or another decode policy.
     """
     name = "speculate"
     check_ndim(name, "input_ids", input_ids, 2)
@@ -126,7 +128,8 @@ def speculate(
     )
     tokens = input_ids.to(device)
     start, ended = tokens.shape[1], torch.zeros(len(tokens), dtype=torch.bool, device=device)
-    drafted_counts, accepted, advanced, seconds = list[int](), list[Tensor](), list[int](), [0.0, 0.0, 0.0]
+    drafted_counts, accepted, advanced = list[int](), list[Tensor](), list[int]()
+    seconds = [0.0, 0.0, 0.0]
 
     def run(ids: Tensor, keep: int | None = None) -> Tensor:
         """A pass over the next tokens, with the padding of the text before them."""
@@ -136,10 +139,11 @@ def speculate(
             mask = torch.nn.functional.pad(padding, (0, total - padding.shape[1]), value=True)
         return text_pass(model, cache, ids, padding=mask, keep=keep)
 
-    with evaluating(model):
+    with evaluating(model), drafting(model, draft) as drafted_by, ExitStack() as after_prompt:
         clock = time.perf_counter()
         new, _ = sampler.draw(run(tokens, keep=1))
         seconds[0] = time.perf_counter() - clock
+        after_prompt.enter_context(without_prefill(model))
         while True:
             new = torch.where(ended.unsqueeze(1), pad_id, new)
             for column in new.unbind(1):  # what follows the end of a row is padding
@@ -151,7 +155,7 @@ def speculate(
             size, last = min(num_draft, left - 1), tokens[:, -1:]
             clock = time.perf_counter()
             guesses, probs = list[Tensor](), list[Tensor | None]()
-            with draft():
+            with drafted_by.on():
                 for _ in range(size):
                     guess, prob = sampler.draw(run(guesses[-1] if guesses else last, keep=1))
                     guesses.append(guess)
@@ -169,9 +173,10 @@ def speculate(
             drafted_counts.append(size)
             accepted.append(count.masked_fill(ended, 0).cpu())
             advanced.append(gained + 1)
+        density = drafted_by.density()
     rows = torch.stack(accepted) if accepted else torch.zeros(0, len(tokens), dtype=torch.long)
     counts, moved = (torch.tensor(numbers, dtype=torch.long) for numbers in (drafted_counts, advanced))
-    return Speculation(tokens, counts, rows, moved, *seconds)
+    return Speculation(tokens, counts, rows, moved, seconds[0], seconds[1], seconds[2], density)
 
 
 def _padding(name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
