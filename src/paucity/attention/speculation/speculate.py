@@ -152,7 +152,8 @@ def speculate(
             left = start + max_new_tokens - tokens.shape[1]
             if not left or bool(ended.all()):
                 break
-            size, last = min(num_draft, left - 1), tokens[:, -1:]
+            # One is drafted for the last token too: a pass of several tokens is dense, whatever the policies.
+            size, last = max(1, min(num_draft, left - 1)), tokens[:, -1:]
             clock = time.perf_counter()
             guesses, probs = list[Tensor](), list[Tensor | None]()
             with drafted_by.on():
@@ -163,9 +164,9 @@ def speculate(
             cache.crop(-size)
             seconds[1] += time.perf_counter() - clock
             clock = time.perf_counter()
-            drafted = torch.cat(guesses, dim=1) if guesses else tokens[:, :0]
+            drafted = torch.cat(guesses, dim=1)
             count, following = sampler.accept(drafted, probs, run(torch.cat([last, drafted], dim=1)))
-            gained = int(count[~ended].min())
+            gained = min(int(count[~ended].min()), left - 1)
             cache.crop(gained - size)
             known = torch.cat([drafted, last], dim=1).scatter(1, count.unsqueeze(1), following.unsqueeze(1))
             new = known[:, : gained + 1]
