@@ -7,9 +7,10 @@ accepted, with the choice after its last candidate; the prompt tokens of that ca
 many as these are, that is the next state. With exact matching the tokens are those of greedy decoding, up to ties in
 the rounding of the logits (a pass over many tokens rounds otherwise than one over a single token).
 
-Typical acceptance (Cai et al. 2024, as the paper's code has it) keeps a candidate with ``p(x) > min(epsilon, alpha
-exp(-H(p)))`` instead, which is not lossless. Differences: the code sorts candidates by whole paths and cuts the cache
-once more for it; one row at a time, as the code; sampling with exact matching is not implemented.
+Typical acceptance (Cai et al. 2024, Medusa, https://arxiv.org/abs/2401.10774, as the paper's code has it) keeps a
+candidate with ``p(x) > min(epsilon, alpha exp(-H(p)))`` instead, which is not lossless; what follows the last candidate
+is the likeliest token. Not implemented: more than one row at a time (as in the code), exact matching when sampling,
+and the paper's combination with a second, small model that drafts.
 """
 
 import time

@@ -115,6 +115,10 @@ def speculate(
     check_int(name, "max_new_tokens", max_new_tokens)
     check_context(name, "max_new_tokens", model, input_ids.shape[1] + max_new_tokens)
     check_range(name, "temperature", temperature, 0, open_low=True)
+    if top_k is not None:
+        check_int(name, "top_k", top_k)
+    if top_p is not None:
+        check_range(name, "top_p", top_p, 0, 1, open_low=True)
     padding = _padding(name, input_ids, attention_mask)
     cache = DynamicCache() if cache is None else cache
     if cache.get_seq_length():
