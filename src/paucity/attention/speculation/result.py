@@ -14,7 +14,7 @@ class Speculation:
         tokens: int64 ``[B, prompt + new]``, prompts as they were given; rows that ended are filled up.
         drafted: int64 ``[steps]``, tokens that were proposed to each row.
         accepted: int64 ``[steps, B]``, how many of them the model took; 0 in rows that had ended.
-        advanced: int64 ``[steps]``, tokens that each row gained: one more than all rows accepted, if so many are wanted.
+        advanced: int64 ``[steps]``, tokens that each row gained: one more than all rows accepted, if so many fit.
         prefill_seconds: of the prompt.
         draft_seconds: of drafting, 0 where drafts come with the pass that verifies.
         verify_seconds: of the rest.
