@@ -51,7 +51,7 @@ class TypicalAcceptance(BaseModel):
 class _Step:
     """The tree of a state as tensors."""
 
-    def __init__(self, state: TreeState, prompts: PromptTokens) -> None:
+    def __init__(self, state: TreeState, prompts: PromptTokens, device: torch.device) -> None:
         self.state = state
         number = {path: node for node, path in enumerate(state.paths)}
         parents = [number[path[:-1]] if path else -1 for path in state.paths]
@@ -64,12 +64,11 @@ class _Step:
                     parents.append(node if not ahead else len(parents) - prompts.num_ensemble)
                     kinds.append((ahead, member))
             self.guesses.append((start, len(parents)))
-        device = prompts.embeddings.device
         self.parents = torch.tensor(parents, device=device)
         self.depths = torch.tensor([len(path) - 1 for path in state.paths[1:]], dtype=torch.long, device=device)
         self.ranks = torch.tensor([path[-1] for path in state.paths[1:]], dtype=torch.long, device=device)
         which = torch.tensor(kinds, dtype=torch.long, device=device).view(-1, 2)
-        self.embeddings = prompts.embeddings.detach()[which[:, 0], which[:, 1]].unsqueeze(0)
+        self.embeddings = prompts.embeddings.detach().to(device)[which[:, 0], which[:, 1]].unsqueeze(0)
         self.children: list[list[int]] = [[] for _ in state.paths]
         for node, path in enumerate(state.paths[1:], start=1):
             self.children[number[path[:-1]]].append(node)
@@ -108,7 +107,7 @@ def prompt_decode(
     if len(tree.states) != prompts.num_prompts + 1:
         raise fail(name, "tree", f"be for {prompts.num_prompts} prompt tokens", f"{len(tree.states) - 1}")
     ends = end_tokens(model, eos_token_id)
-    steps = [_Step(state, prompts) for state in tree.states]
+    steps = [_Step(state, prompts, device_of(model)) for state in tree.states]
     widest = 1 + max((path[-1] for state in tree.states for path in state.paths if path), default=0)
     input_ids = input_ids.to(device_of(model))
     cache, accepted, drafted = DynamicCache(), list[int](), list[int]()
