@@ -30,6 +30,7 @@ from .refine import RefinedBudgets
 from .sharded import Sharded
 from .sink_window import SinkWindow
 from .spans import Spans
+from .speculation import Speculation, prompt_decode, speculate
 from .telemetry import LayerTelemetry, observe
 from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
@@ -78,6 +79,7 @@ __all__ = [
     "SinkWindow",
     "Spans",
     "SparseLayer",
+    "Speculation",
     "Store",
     "TriShape",
     "VerticalSlash",
@@ -91,9 +93,11 @@ __all__ = [
     "look",
     "neighbourhood_attention",
     "observe",
+    "prompt_decode",
     "record",
     "remove",
     "save_policy",
+    "speculate",
     "to_json",
     "watch",
 ]
