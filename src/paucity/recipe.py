@@ -2,15 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from . import catalog
 from .checks import InputError, did_you_mean
+from .measure.prompts import TASKS
 
 Count = Annotated[int, Field(ge=1)]
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(TASKS)]
+"""A name in `paucity.measure.prompts.TASKS`."""
 
 
 class _Strict(BaseModel):
@@ -49,7 +55,7 @@ class Calibration(_Strict):
 class Retrieval(_Strict):
     """Retrieval-from-context prompts: every task at every length (tokens)."""
 
-    tasks: tuple[Literal["passkey", "key_value", "multi_value", "variable_tracking"], ...] = ("passkey", "key_value")
+    tasks: tuple[Task, ...] = ("passkey", "key_value")
     lengths: tuple[Count, ...] = (1024, 4096)
     num_prompts: Count = 20
 
