@@ -58,11 +58,11 @@ def run(
 
     loaded = Recipe.load(recipe).using(model=model, text=text, calibration_text=calibration_text)
     target = out_dir or Path("runs") / recipe.stem
-    from .pipeline import Folder
+    from .folder import Folder
     from .pipeline import run as run_recipe
     from .report import console_table
 
-    Folder(target).check(loaded, force=force, resume=resume)
+    Folder(target, "run").check(loaded, force=force, resume=resume)
     with spinner() as progress:
         report = run_recipe(loaded, target, force=force, resume=resume, on_progress=progress)
     out.print(console_table(report))
