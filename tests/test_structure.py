@@ -15,12 +15,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {"checks": 0, "catalog": 1, "folder": 1, "ops": 1, "kernels": 2, "measure": 3, "report": 3, "models": 4}
 LEVELS |= dict.fromkeys(families(), 5) | {
     "recipe": 6,
-    "claims": 7,
+    "study": 7,
+    "claims": 8,
     "bench": 7,
     "compare": 7,
     "pipeline": 8,
     "cli_output": 1,
     "cli_attention": 8,
+    "cli_study": 8,
     "cli": 9,
     "__main__": 10,
 }

@@ -11,6 +11,7 @@ from rich.table import Table
 from .checks import InputError
 from .cli_attention import app as attention_app
 from .cli_output import Json, err, out, print_json, spinner
+from .cli_study import app as study_app
 
 app = typer.Typer(
     name="paucity",
@@ -22,6 +23,7 @@ app = typer.Typer(
 claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True)
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:

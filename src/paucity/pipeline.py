@@ -7,7 +7,6 @@ whatever does not fit the model is refused at once; they draw from seeds alone, 
 
 import copy
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from .measure.data import read_text
 from .measure.tokens import context_length
 from .models.applied import Combined
 from .models.calibration import calibration_batches
+from .models.facts import model_facts
 from .models.load import Loaded, load
 from .models.save import save
 from .recipe import Recipe
-from .report import ModelFacts, Report, StepRecord, TextFacts, TextUse, environment, render
+from .report import Report, StepRecord, TextFacts, TextUse, environment, render
 
 
 def run(
@@ -70,7 +70,7 @@ def run(
         seconds=time.monotonic() - started,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(),
-        model=_model_facts(dense, [*plan.notes, *ran_dense]),
+        model=model_facts(dense, [*plan.notes, *ran_dense]),
         text=TextUse(evaluated=evaluated, calibrated=calibrated),
         dense=before,
         sparse=after,
@@ -117,14 +117,3 @@ def _apply(
             )
         )
     return Combined(applied), records
-
-
-def _model_facts(loaded: Loaded, notes: Iterable[str]) -> ModelFacts:
-    model = loaded.model
-    return ModelFacts(
-        source=loaded.source,
-        architecture=type(model).__name__,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        notes=[*loaded.notes, *notes],
-    )

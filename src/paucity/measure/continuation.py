@@ -44,7 +44,7 @@ def continuation(
         on_progress: called with (windows done, ``num_windows``).
 
     Raises:
-        InputError: if ``mode`` is unknown, ``num_tokens`` not less than ``length``, or ``length`` more than the text has
+        InputError: if ``mode`` is unknown, ``num_tokens`` not below ``length``, or ``length`` more than the text has
             or the model's context.
     """
     function = "continuation"

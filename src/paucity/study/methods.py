@@ -1,0 +1,122 @@
+"""Which options a method has at which budget: one explicit line each.
+
+A budget is the share of the causal query–key pairs (prefill), or of the cached keys (decode), that a method may read.
+Fixed sizes are computed from it; a method whose budget follows from a threshold is given a `Knob`, which is turned, on
+calibration text, until the share that is read is the one wanted. What is really read is measured in every cell.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..attention import PolicySearch, PrefillPolicy
+from ..attention.portable import options_for
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Options that follow from one number, which is found by bisection: the share that is read rises with it.
+
+    Attributes:
+        options: the options at a value of it.
+        low: its lowest value.
+        high: its highest.
+    """
+
+    options: Callable[[float], dict[str, Any]]
+    low: float
+    high: float
+
+
+Options = dict[str, Any] | Knob
+
+
+def causal_keys(budget: float, length: int) -> int:
+    """Keys a query, so that with causal attention they make up ``budget`` of the pairs of ``length`` tokens."""
+    return max(1, round(length * (1 - math.sqrt(1 - budget))))
+
+
+def _block(budget: float, length: int) -> int:
+    """A size of block, 16 to 64, of which the budget is at least four."""
+    return max(16, min(64, 1 << max(0, (causal_keys(budget, length) // 4).bit_length() - 1)))
+
+
+def _block_topk(budget: float, length: int) -> Options:
+    size = _block(budget, length)
+    blocks = max(2, round(causal_keys(budget, length) / size))
+    return {"q_block": size, "k_block": size, "num_blocks": blocks, "force_first": True}
+
+
+def _chunked(budget: float, length: int) -> Options:
+    size = _block(budget, length)
+    return {"q_block": size, "k_block": min(32, size), "num_keys": max(size, causal_keys(budget, length))}
+
+
+def _flexprefill(_budget: float, _length: int) -> Options:
+    return Knob(lambda share: {"q_block": 64, "min_budget": 64, "gamma": share}, 0.0, 1.0)
+
+
+def _hierarchical(budget: float, length: int) -> Options:
+    keys = causal_keys(budget, length)
+    window = max(1, keys // 4)
+    return {"k": max(2, (keys - window) // 2 * 2), "window_size": window}
+
+
+def _sink_window(budget: float, length: int) -> Options:
+    keys = causal_keys(budget, length)
+    sinks = min(64, keys // 4)
+    return {"num_sinks": sinks, "window_size": max(1, keys - sinks)}
+
+
+def _tri_shape(budget: float, length: int) -> Options:
+    """A quarter of the pairs for the last queries, which read everything."""
+    rows = {"num_last": max(1, round(budget / 4 * length / 2))}
+    return _sink_window(0.75 * budget, length) | rows  # type: ignore[operator, no-any-return]
+
+
+def _vertical_slash(budget: float, length: int) -> Options:
+    """As many columns as diagonals; a fifth of either is forced, at most as many as by default.
+
+    A diagonal is wider in a block of queries that share their keys, so how many there are is a knob.
+    """
+
+    def lines(share: float) -> dict[str, Any]:
+        count = max(1, round(share * length))
+        forced = {"forced_vertical": min(30, count // 5), "forced_slash": min(100, count // 5)}
+        return {"q_block": 64, "num_vertical": count, "num_slash": count} | forced
+
+    return Knob(lines, 0.0, 0.5)
+
+
+def _xattention(_budget: float, _length: int) -> Options:
+    return Knob(lambda share: {"q_block": 64, "k_block": 64, "threshold": share}, 0.0, 1.0)
+
+
+METHODS_AT: dict[str, Callable[[float, int], Options]] = {
+    "block_topk": _block_topk,
+    "chunked_hierarchical": _chunked,
+    "flexprefill": lambda budget, length: Knob(
+        lambda share: {"q_block": 64, "min_budget": 64, "gamma": share}, 0.0, 1.0
+    ),
+    "hierarchical": _hierarchical,
+    "sink_window": _sink_window,
+    "tri_shape": _tri_shape,
+    "vertical_slash": _vertical_slash,
+    "xattention": lambda budget, length: Knob(
+        lambda share: {"q_block": 64, "k_block": 64, "threshold": share}, 0.0, 1.0
+    ),
+}
+"""Options by method, as functions of the budget and of the length of the prompt in tokens."""
+
+
+def phase_of(method: str) -> Phase:
+    """The phase that a method makes sparse.
+
+    Raises:
+        InputError: if there is no such method.
+    """
+    return "prefill" if issubclass(options_for(method), PrefillPolicy | PolicySearch) else "decode"
