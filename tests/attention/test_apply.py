@@ -19,8 +19,8 @@ from transformers import (
 
 from paucity.attention import PerHead
 from paucity.attention.apply import apply, apply_step, remove
-from paucity.attention.interface import ATTRIBUTE
 from paucity.attention.portable import options_for
+from paucity.attention.site import ATTRIBUTE
 from paucity.checks import InputError
 from paucity.models.applied import Applied
 from paucity.models.load import Loaded

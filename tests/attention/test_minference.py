@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from paucity.attention import MInference, PerHead, SinkWindow, apply, from_json, minference, record, to_json
-from paucity.attention.interface import ATTRIBUTE
+from paucity.attention.site import ATTRIBUTE
 from paucity.checks import InputError
 from paucity.ops.formats.block import BlockMask
 

@@ -1,13 +1,16 @@
-"""Sparse attention on Hugging Face models: policies that choose what a prompt reads, and `apply` that installs one."""
+"""Sparse attention on Hugging Face models: policies that choose what a prompt or a step reads and what stays cached."""
 
 from .anchor import Anchor
-from .apply import AppliedAttention, Observed, apply, remove
+from .apply import AppliedAttention, AppliedDecode, AppliedEviction, Observed, apply, remove
 from .block_sparse import BlockSparse
 from .block_topk import BlockTopK
+from .cache import Cached, SparseLayer, Store
 from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
+from .decode import DecodePolicy, OracleTopK, Pages, Read
 from .dual_chunk import DualChunk
+from .eviction import EvictionPolicy, Knorm
 from .flash import Flash
 from .flexprefill import FlexPrefill
 from .grid import Grid
@@ -36,12 +39,17 @@ from .xattention import XAttention
 __all__ = [
     "Anchor",
     "AppliedAttention",
+    "AppliedDecode",
+    "AppliedEviction",
     "Attended",
     "BlockSparse",
     "BlockTopK",
+    "Cached",
     "ChunkedHierarchical",
     "Crossover",
+    "DecodePolicy",
     "DualChunk",
+    "EvictionPolicy",
     "Flash",
     "FlexPrefill",
     "Grid",
@@ -49,22 +57,28 @@ __all__ = [
     "Hierarchical",
     "Hyper",
     "Influence",
+    "Knorm",
     "LayerTelemetry",
     "LongGen",
     "MInference",
     "MoA",
     "Neighbourhood",
     "Observed",
+    "OracleTopK",
+    "Pages",
     "Part",
     "PerHead",
     "PolicySearch",
     "Power",
     "PrefillPolicy",
     "Prompt",
+    "Read",
     "RefinedBudgets",
     "Sharded",
     "SinkWindow",
     "Spans",
+    "SparseLayer",
+    "Store",
     "TriShape",
     "VerticalSlash",
     "XAttention",

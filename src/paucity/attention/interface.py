@@ -1,13 +1,14 @@
 """The attention and mask functions that transformers calls, by name, through its two registries.
 
 Nothing is patched: a model whose configuration names `NAME` as its attention calls these two. An attention module
-carries its policy in an attribute of its own, so that a deep copy of a model is as sparse as the model was.
+carries its policies in an attribute of its own, so that a deep copy of a model is as sparse as the model was.
+`torch.compile` leaves both alone: what is chosen depends on the data.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,15 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ..checks import InputError
 from ..ops.blocks import soft_capped
 from ..ops.formats.stripes import Window, causal_mask
+from .cached_attention import attend_cached, count_dense, evict
 from .prompt import Prompt
-from .rotary import Rotary
-
-if TYPE_CHECKING:
-    from .apply import AppliedAttention
+from .site import ATTRIBUTE, Site
 
 NAME = "paucity"
-ATTRIBUTE = "prefill_policy"
 _FOREVER = torch.iinfo(torch.int32).max
 
 
-@dataclass
-class Site:
-    """What an attention module carries: the policy in force, the index of the layer, and how it turns positions."""
-
-    applied: "AppliedAttention"
-    layer: int
-    rotary: Rotary | None = None
-
-
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -94,6 +84,7 @@ def attention_mask(
     return torch.nn.functional.pad(valid.int() * reach, (0, length - valid.shape[1]))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -124,31 +115,42 @@ def attention(
         ``[B, Tq, H, Dv]`` and no weights.
 
     Raises:
-        InputError: if the layer has learned sinks, a position bias or a paged cache.
+        InputError: if the layer has learned sinks, a position bias or a paged cache, or its cache was evicted from and
+            the call is one that needs what is gone.
     """
     for unknown in ("s_aux", "position_bias", "cache"):
         if kwargs.get(unknown) is not None:
             raise InputError(f"attention: {type(module).__name__} must use plain attention, got {unknown}.")
     site = getattr(module, ATTRIBUTE, None)
-    ruled = isinstance(site, Site) and (query.shape[2] > 1 or site.applied.policy.decodes)
-    site = site if ruled else None
+    site = site if isinstance(site, Site) else None
+    layer = None if site is None else site.cached
+    prompted = site is not None and site.prefill is not None and (query.shape[2] > 1 or site.prefill.policy.decodes)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or (attention_mask is not None and attention_mask.ndim != 2):
         if site is not None:
-            site.applied.count_dense("mask of another kind")
+            count_dense(site, layer, prompted, "mask of another kind")
         return _dense(module, query, key, value, attention_mask, scale, softcap, dropout, causal), None
-    padding, window, dropped = _read_mask(attention_mask, len(query), key.shape[2])
+    seen = key.shape[2] if layer is None else layer.seen
+    padding, window, dropped = _read_mask(attention_mask, len(query), seen)
+    out = None
     if site is not None:
-        prompt = Prompt(site.layer, scale, softcap, window, rotary=site.rotary)
-        out = _by_policy(site, query, key, value, prompt, padding, dropped, dropout)
-        if out is not None:
-            return out.transpose(1, 2).contiguous(), None
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None
-    if padding is not None or window is not None or 1 < queries < keys:
-        mask = causal_mask(queries, keys, padding=padding, window=window, device=key.device)
-    return _dense(module, query, key, value, mask, scale, softcap, dropout, queries > 1), None
+        prompt = Prompt(site.layer, scale, softcap, window, num_layers=site.num_layers, rotary=site.rotary)
+        if layer is not None and not (prompted and layer.policy is None):
+            out = attend_cached(site, layer, query, prompt, padding, dropout)
+        if out is None and prompted:
+            out = _by_policy(site, query, key, value, prompt, padding, dropped, dropout)
+    if out is None:
+        queries, keys = query.shape[2], key.shape[2]
+        mask = None
+        if padding is not None or window is not None or 1 < queries < keys:
+            mask = causal_mask(queries, keys, padding=padding, window=window, device=key.device)
+        out = _dense(module, query, key, value, mask, scale, softcap, dropout, queries > 1)
+    else:
+        out = out.transpose(1, 2).contiguous()
+    if site is not None and layer is not None:
+        evict(site, layer, query, prompt, padding)
+    return out, None
 
 
 def _by_policy(
@@ -162,7 +164,8 @@ def _by_policy(
     dropout: float,
 ) -> Tensor | None:
     """Attention of a prompt ``[B, H, Tq, Dv]``, or None where all of it must be dense; counts what is computed."""
-    applied, policy = site.applied, site.applied.policy
+    assert site.prefill is not None
+    applied, policy = site.prefill, site.prefill.policy
     texts = _texts(padding, dropped, len(query), key.shape[2])
     longest = max((stop - first + gone for first, stop, gone in texts or ()), default=0)
     reason = None
@@ -174,9 +177,9 @@ def _by_policy(
         reason = "prompt shorter than min_length"
     if reason is not None or texts is None or site.layer not in applied.layers:
         pairs = exact_pairs(query.shape[2], key.shape[2], prompt.window, padding).expand(len(query), 1)
-        applied.count_pairs(site.layer, query.shape[1], pairs, pairs)
+        applied.counts.add(site.layer, query.shape[1], pairs, pairs)
         if site.layer in applied.layers and reason is not None:
-            applied.count_dense(reason)
+            applied.counts.dense[reason] += 1
         return None
     if len(texts) == 1 and (0, key.shape[2]) == next(iter(texts))[:2]:
         return applied.attend(query, key, value, replace(prompt, dropped=next(iter(texts))[2]))

@@ -29,12 +29,12 @@ from ..checks import fail
 from ..kernels.attention import Pattern, sparse_attention
 from ..measure.tokens import check_batch
 from ..ops.formats.stripes import Window
-from .apply import Observed
 from .block_topk import BlockTopK
 from .compute import kept_pairs
 from .interface import exact_pairs
 from .per_head import PerHead
 from .policy import PolicySearch, PrefillPolicy
+from .prefill import Observed
 from .prompt import Prompt
 from .sink_window import SinkWindow
 from .vertical_slash import VerticalSlash, line_scores

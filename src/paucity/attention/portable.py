@@ -9,9 +9,13 @@ from pydantic import BaseModel, ValidationError
 
 from .. import catalog
 from ..checks import InputError, InputTypeError, check_choice, fail
+from .decode.policy import DecodePolicy
+from .eviction.policy import EvictionPolicy
 from .policy import PolicySearch, PrefillPolicy
 
 FAMILY = "attention"
+Policy = PrefillPolicy | DecodePolicy | EvictionPolicy
+"""What can be installed on a model."""
 
 
 def methods() -> dict[str, catalog.Method]:
@@ -19,14 +23,14 @@ def methods() -> dict[str, catalog.Method]:
     return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY}
 
 
-def options_for(method: str) -> type[PrefillPolicy] | type[PolicySearch]:
+def options_for(method: str) -> type[Policy] | type[PolicySearch]:
     """The options of a method: its policy, or the search that finds one.
 
     Raises:
         InputError: if there is no such method.
     """
     check_choice("options_for", "method", method, methods())
-    found: type[PrefillPolicy] | type[PolicySearch] = catalog.get(method).load()
+    found: type[Policy] | type[PolicySearch] = catalog.get(method).load()
     return found
 
 
@@ -43,24 +47,24 @@ def method_name(options: BaseModel) -> str:
     raise fail("method_name", "options", "be of a method in the catalogue", kind.__name__)
 
 
-def to_json(policy: PrefillPolicy) -> dict[str, Any]:
+def to_json(policy: Policy) -> dict[str, Any]:
     """``policy`` as JSON values; what has its default is left out."""
     return {"method": method_name(policy), **policy.model_dump(mode="json", exclude_defaults=True)}
 
 
-def from_json(data: dict[str, Any]) -> PrefillPolicy:
+def from_json(data: dict[str, Any]) -> Policy:
     """The policy that `to_json` gave.
 
     Raises:
         InputError: if the method is absent, unknown or a search, or an option is wrong.
     """
     found = options_from(data)
-    if not isinstance(found, PrefillPolicy):
+    if isinstance(found, PolicySearch):
         raise fail("from_json", "method", "be a policy, not a search", data["method"])
     return found
 
 
-def options_from(data: dict[str, Any]) -> PrefillPolicy | PolicySearch:
+def options_from(data: dict[str, Any]) -> Policy | PolicySearch:
     """The policy or the search that a mapping of ``method`` and its options describes.
 
     Raises:
@@ -79,7 +83,7 @@ def options_from(data: dict[str, Any]) -> PrefillPolicy | PolicySearch:
         raise InputError(f"from_json: {data['method']} must have valid options, got {where}: {first['msg']}.") from None
 
 
-def save_policy(policy: PrefillPolicy, path: str | Path) -> None:
+def save_policy(policy: Policy, path: str | Path) -> None:
     """Write a policy as a JSON file, complete or not at all; an older file of that name is replaced."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -87,7 +91,7 @@ def save_policy(policy: PrefillPolicy, path: str | Path) -> None:
     temporary.replace(path)
 
 
-def load_policy(path: str | Path) -> PrefillPolicy:
+def load_policy(path: str | Path) -> Policy:
     """Read what `save_policy` wrote.
 
     Raises:

@@ -19,6 +19,7 @@ class Prompt:
         dropped: keys at the start of the text that a cropped cache no longer holds.
         heads: which query heads of the layer are given, by index; None is all of them, in order.
         num_heads: query heads of the layer; None is as many as are given.
+        num_layers: layers with attention in the model; None where that is not known.
         rotary: how the layer turned its queries and keys by position; None where that is not known.
     """
 
@@ -29,6 +30,7 @@ class Prompt:
     dropped: int = 0
     heads: tuple[int, ...] | None = None
     num_heads: int | None = None
+    num_layers: int | None = None
     rotary: Rotary | None = None
 
     def head_indices(self, query: Tensor) -> tuple[int, ...]:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..measure.tokens import check_batch, device_of, forward
-from .apply import Observed, apply
+from .apply import apply
 from .dual_chunk import DualChunk
 from .policy import PolicySearch
+from .prefill import Observed
 from .prompt import Prompt
 from .watch import watch
 

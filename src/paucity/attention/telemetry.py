@@ -12,9 +12,9 @@ from ..checks import check_int
 from ..kernels.attention import Problem, attention_recall
 from ..kernels.attention.pairs import visible
 from ..ops.formats.stripes import causal_mask
-from .apply import AppliedAttention, Observed
 from .compute import Part, attend_exactly, first_row, lead_of, take_heads
 from .interface import exact_pairs
+from .prefill import AppliedAttention, Observed
 from .prompt import Prompt
 from .watch import Seconds, attention_seconds, watch
 

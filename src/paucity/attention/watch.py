@@ -11,9 +11,10 @@ from ..kernels.attention import Problem, dense
 from ..measure.cost import time_interleaved
 from ..measure.tokens import device_of, evaluating, forward
 from ..ops.formats.stripes import Window
-from .apply import AppliedAttention, Observed, apply
+from .apply import apply
 from .compute import attend_exactly
 from .policy import PrefillPolicy
+from .prefill import AppliedAttention, Observed
 from .sink_window import SinkWindow
 
 

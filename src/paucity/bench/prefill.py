@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ..attention import PrefillPolicy, apply, from_json, record
-from ..attention.apply import Observed
+from ..attention import Observed, PrefillPolicy, apply, from_json, record
 from ..kernels.attention import Problem, dense
 from ..measure.cost import Comparison, prefill, time_interleaved
 from ..measure.data import held_out_python
@@ -59,7 +58,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vertical_slash": {"num_vertical": 512, "num_slash": 256},
     "xattention": {"stride": 16},
 }
-POLICIES = {name: from_json({"method": name, "min_length": 0} | options) for name, options in OPTIONS.items()}
+POLICIES = {
+    name: policy
+    for name, options in OPTIONS.items()
+    if isinstance(policy := from_json({"method": name, "min_length": 0} | options), PrefillPolicy)
+}
 
 
 class Part(NamedTuple):

@@ -1,0 +1,45 @@
+"""What decode policies share: exact weights, and the best keys or pages of lists of different lengths."""
+
+import torch
+from torch import Tensor
+
+from ...ops.blocks import soft_capped
+from ..cache.cached import Cached
+from ..prompt import Prompt
+
+
+def exact_weights(query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
+    """Softmax over all keys that a new token sees, ``[B, H_kv, G, longest]`` float32; 0 beyond a list.
+
+    Args:
+        query: ``[B, H, 1, D]``.
+        cached: the lists.
+        prompt: scale, softcap and window.
+    """
+    keys = cached.keys()
+    rows = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+    logits = soft_capped((rows @ keys.mT).float() * prompt.scale, prompt.softcap)
+    return logits.masked_fill(~seen(cached, prompt).unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def seen(cached: Cached, prompt: Prompt) -> Tensor:
+    """``[B, H_kv, longest]`` bool: entries of each list that the newest token sees."""
+    place, ends = torch.arange(cached.longest, device=cached.lengths.device), cached.lengths.unsqueeze(-1)
+    inside = place < ends
+    return inside if prompt.window is None else inside & (place >= ends - prompt.window)
+
+
+def top_pages(score: Tensor, cached: Cached, num_pages: int, *, page_size: int = 1) -> Tensor:
+    """The pages of each list with the highest scores, ``[B, H_kv, n]`` int32, -1 where a list has fewer.
+
+    Args:
+        score: ``[B, H_kv, P]`` of pages of ``page_size`` keys; those beyond a list are not looked at.
+        cached: the lists.
+        num_pages: pages to take.
+        page_size: keys of a page.
+    """
+    pages = -(-cached.lengths.unsqueeze(-1) // page_size)
+    place = torch.arange(score.shape[-1], device=score.device)
+    score = score.masked_fill(place >= pages, -torch.inf)
+    best = score.topk(min(num_pages, score.shape[-1]), dim=-1).indices
+    return best.masked_fill(best >= pages, -1).int()

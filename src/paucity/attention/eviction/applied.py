@@ -1,0 +1,70 @@
+"""An eviction policy in force on a model: what is dropped from its caches, and what was counted meanwhile."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.cached import Cached
+from ..cache.layer import SparseLayer
+from ..install import uninstall
+from ..portable import method_name
+from ..prompt import Prompt
+from ..site import Counts
+from .policy import EvictionPolicy
+
+
+class AppliedEviction:
+    """An eviction policy in force on a model.
+
+    Attributes:
+        policy: how entries are scored.
+        layers: the layers that it rules.
+        counts: entries kept, and caches (times layers) that it left alone, by reason.
+    """
+
+    def __init__(self, model: nn.Module, policy: EvictionPolicy, layers: list[int]) -> None:
+        self.model, self.policy, self.layers, self.counts = model, policy, layers, Counts()
+
+    def attend(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
+        """Attention ``[B, H, Tq, Dv]`` over what is left."""
+        return self.policy.attend(query, cached, prompt)
+
+    @torch.no_grad()
+    def after(self, layer: SparseLayer, query: Tensor, cached: Cached, prompt: Prompt) -> None:
+        """After the attention of a prompt or a step: evict what the policy does not keep."""
+        if prompt.window is not None:
+            self.counts.dense["a sliding window"] += 1
+            return
+        query = query.detach()
+        self.policy.observe(query, cached, prompt)
+        if query.shape[2] > 1 or self.policy.every:
+            spare = max(0, self.policy.every - 1) if query.shape[2] == 1 else 0
+            keep = self.policy.keep(query, cached, prompt, spare)
+            if keep is not None:
+                layer.evict(keep, cached.starts, self.policy)
+        assert layer.store is not None
+        heads = layer.store.lengths.shape[1]
+        kept, whole = layer.store.lengths, cached.num_text.unsqueeze(-1) * heads
+        self.counts.add(prompt.layer, heads, torch.minimum(kept, cached.num_text.unsqueeze(-1)) * heads, whole)
+
+    def remove(self) -> None:
+        """Take the policy off; with the last one the attention that the model had is restored."""
+        uninstall(self.model, "eviction")
+
+    def reset(self) -> None:
+        """Start measuring anew."""
+        self.counts.clear()
+
+    def density(self) -> dict[str, float]:
+        """Entries cached after each prompt and step, as a share of the tokens seen, mean over heads."""
+        return {f"layers.{layer}.cache": float(share.mean()) for layer, share in self.counts.shares().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Method, options, layers, and how many caches (times layers) were left alone, by reason."""
+        options = self.policy.model_dump(mode="json") | {"layers": self.layers}
+        return {
+            "method": method_name(self.policy),
+            "options": options,
+            "whole_caches": dict(sorted(self.counts.dense.items())),
+        }

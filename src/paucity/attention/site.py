@@ -1,0 +1,119 @@
+"""What an attention module carries of the policies in force on its model, and the cache layer that it works with."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..checks import InputError
+from .cache.layer import SparseLayer
+from .rotary import Rotary
+
+if TYPE_CHECKING:
+    from .decode.applied import AppliedDecode
+    from .eviction.applied import AppliedEviction
+    from .prefill import AppliedAttention
+
+ATTRIBUTE = "attention_policies"
+
+
+@dataclass
+class Site:
+    """What an attention module carries.
+
+    Attributes:
+        layer: index of the layer in the model.
+        num_layers: layers with attention in the model.
+        rotary: how the layer turns positions.
+        implementation: the attention that the model had before.
+        prefill: the policy of prompts in force, if any.
+        decode: the policy of single steps in force, if any.
+        eviction: the policy of what stays in the cache, if any.
+        cached: the layer of the cache that the module is called with, while it is called.
+    """
+
+    layer: int
+    num_layers: int
+    rotary: Rotary | None
+    implementation: str
+    prefill: "AppliedAttention | None" = None
+    decode: "AppliedDecode | None" = None
+    eviction: "AppliedEviction | None" = None
+    cached: SparseLayer | None = None
+
+    @property
+    def in_force(self) -> "list[AppliedAttention | AppliedDecode | AppliedEviction]":
+        """The policies, whichever there are."""
+        return [applied for applied in (self.prefill, self.decode, self.eviction) if applied is not None]
+
+
+class Counts:
+    """What was computed, as a share of what the dense model computes; and how often that was the dense model's way."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}
+        self.dense: Counter[str] = Counter()
+
+    def add(self, layer: int, heads: int, kept: Tensor, whole: Tensor) -> None:
+        """Add what was kept, ``[B, 1 or heads]``, and what there was, ``[B, 1]``."""
+        total = whole.sum().double()
+        if total:
+            self._kept[layer] = self._kept.get(layer, torch.zeros(())) + kept.double().sum(0).expand(heads).cpu()
+            self._whole[layer] = self._whole.get(layer, torch.zeros(())) + total.cpu()
+
+    def shares(self) -> dict[int, Tensor]:
+        """Share of each head ``[heads]`` float64, by layer."""
+        return {layer: self._kept[layer] / self._whole[layer] for layer in sorted(self._kept)}
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._kept.clear()
+        self._whole.clear()
+        self.dense.clear()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def take_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module is called: put a layer of ours in the place of an ordinary one in its cache.
+
+    Raises:
+        InputError: if something was evicted from the cache by another policy than the model's.
+    """
+    site = getattr(module, ATTRIBUTE, None)
+    if not isinstance(site, Site):
+        return
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    site.cached, reason = _own_layer(cache, site.layer)
+    if site.cached is not None and site.cached.policy is not None:
+        if site.eviction is None or site.eviction.policy != site.cached.policy:
+            raise InputError("cache: model must carry the eviction policy that the cache is from, got another or none.")
+        site.cached.expected = True
+    if reason is not None:
+        for applied in (site.decode, site.eviction):
+            if applied is not None and site.layer in applied.layers:
+                applied.counts.dense[reason] += 1
+
+
+def _own_layer(cache: Cache | None, index: int) -> tuple[SparseLayer | None, str | None]:
+    """The layer of ours, or None and the reason why there is none."""
+    if cache is None:
+        return None, "no cache"
+    layers = cache.layers
+    if index < len(layers) and isinstance(layers[index], SparseLayer):
+        return layers[index], None
+    lazy = index == len(layers) and cache.layer_class_to_replicate is DynamicLayer
+    if not lazy and (index >= len(layers) or type(layers[index]) is not DynamicLayer):
+        kind = type(layers[index]).__name__ if index < len(layers) else type(cache).__name__
+        return None, f"a cache layer of another kind ({kind})"
+    own = SparseLayer(next((layer.shared for layer in layers if isinstance(layer, SparseLayer)), None))
+    if lazy:
+        layers.append(own)
+        return own, None
+    if layers[index].get_seq_length():
+        own.update(layers[index].keys, layers[index].values)
+    layers[index] = own
+    return own, None
