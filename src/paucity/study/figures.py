@@ -45,7 +45,7 @@ def frontier(result: Result, phase: Phase, task: str, length: int) -> Picture:
             axes.plot(x, [row.value for row in mine], **look[method], markersize=4.5, linewidth=1.4)
             if all(row.low is not None for row in mine) and len(mine) > 1:
                 bounds = ([row.low for row in mine], [row.high for row in mine])
-                axes.fill_between(x, *bounds, color=look[method]["color"], alpha=0.1, linewidth=0)
+                axes.fill_between(x, *bounds, color=look[method]["color"], alpha=0.08, linewidth=0)
         _axis(axes, [row.density for row in rows if row.method != DENSE])
         _quality(axes, rows)
         axes.set_xlabel(f"share {READ[phase]} that is read")
@@ -79,7 +79,7 @@ def cost_figure(result: Result, phase: Phase, length: int, measure: str) -> Pict
         axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
         axes.locator_params(axis="x", nbins=6)
         what = {"time": "time", "work": "operations"}[measure]
-        axes.set_xlabel(f"share of the dense model's {what}, selection included   (left is less)")
+        axes.set_xlabel(f"{what}, selection included, as a share of dense")
         svg = to_svg(figure, f"{phase}-{measure}-{length}", f"Mean accuracy in {phase} against {what}: {_said(costs)}.")
     unit = "a prefill" if phase == "prefill" else "a token decoded after a prompt"
     caption = f"The whole model, {unit} of {count(length)} tokens; mean accuracy over the tasks. Upright: dense."

@@ -40,24 +40,25 @@ def causal_keys(budget: float, length: int) -> int:
     return max(1, round(length * (1 - math.sqrt(1 - budget))))
 
 
-def _block(budget: float, length: int) -> int:
-    """A size of block, 16 to 64, of which the budget is at least four."""
-    return max(16, min(64, 1 << max(0, (causal_keys(budget, length) // 4).bit_length() - 1)))
+def _block(length: int) -> int:
+    """A size of block, 16 to 64, of which a text has about 128, whatever the budget."""
+    return max(16, min(64, 1 << max(0, (length // 128).bit_length() - 1)))
 
 
 def _block_topk(budget: float, length: int) -> Options:
-    size = _block(budget, length)
+    size = _block(length)
     blocks = max(2, round(causal_keys(budget, length) / size))
     return {"q_block": size, "k_block": size, "num_blocks": blocks, "force_first": True}
 
 
 def _chunked(budget: float, length: int) -> Options:
-    size = _block(budget, length)
+    size = _block(length)
     return {"q_block": size, "k_block": min(32, size), "num_keys": max(size, causal_keys(budget, length))}
 
 
-def _flexprefill(_budget: float, _length: int) -> Options:
-    return Knob(lambda share: {"q_block": 64, "min_budget": 64, "gamma": share}, 0.0, 1.0)
+def _flexprefill(_budget: float, length: int) -> Options:
+    size = _block(length)
+    return Knob(lambda share: {"q_block": size, "min_budget": size, "gamma": share}, 0.01, 1.0)
 
 
 def _hierarchical(budget: float, length: int) -> Options:
@@ -84,16 +85,27 @@ def _vertical_slash(budget: float, length: int) -> Options:
     A diagonal is wider in a block of queries that share their keys, so how many there are is a knob.
     """
 
+    size = _block(length)
+
     def lines(share: float) -> dict[str, Any]:
         count = max(1, round(share * length))
         forced = {"forced_vertical": min(30, count // 5), "forced_slash": min(100, count // 5)}
-        return {"q_block": 64, "num_vertical": count, "num_slash": count} | forced
+        return {"q_block": size, "num_vertical": count, "num_slash": count} | forced
 
-    return Knob(lines, 0.0, 0.5)
+    return Knob(lines, 0.0, 0.3)
 
 
-def _xattention(_budget: float, _length: int) -> Options:
-    return Knob(lambda share: {"q_block": 64, "k_block": 64, "threshold": share}, 0.0, 1.0)
+def _xattention(_budget: float, length: int) -> Options:
+    size = _block(length)
+    return Knob(lambda share: {"q_block": size, "k_block": size, "threshold": share}, 0.01, 1.0)
+
+
+def _keys(budget: float, length: int) -> Options:
+    return {"num_keys": max(1, round(budget * length))}
+
+
+def _share(budget: float, _length: int) -> Options:
+    return {"density": budget}
 
 
 METHODS_AT: dict[str, Callable[[float, int], Options]] = {
@@ -103,6 +115,8 @@ METHODS_AT: dict[str, Callable[[float, int], Options]] = {
         lambda share: {"q_block": 64, "min_budget": 64, "gamma": share}, 0.0, 1.0
     ),
     "hierarchical": _hierarchical,
+    "knorm": _share,
+    "oracle_topk": _keys,
     "sink_window": _sink_window,
     "tri_shape": _tri_shape,
     "vertical_slash": _vertical_slash,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AppliedAttention, PolicySearch, PrefillPolicy, apply
-from ..attention.portable import options_for, options_from
+from ..attention import AppliedAttention, AppliedDecode, AppliedEviction, PolicySearch, apply
+from ..attention.portable import Policy, options_for, options_from
 from ..attention.watch import watch
 from ..measure.continuation import continuation
 from ..measure.cost import decode, prefill, time_interleaved
@@ -27,11 +27,16 @@ from .harness import evaluate
 from .methods import Knob
 from .plan import COST, DENSE, LM_EVAL, PERPLEXITY, Cell, Line, Study
 
+Applied = AppliedAttention | AppliedDecode | AppliedEviction
 MODES = {"prefill": "teacher_forced", "decode": "generate"}
 """A sparse prefill is asked in one pass: dense decoding would read all of the prompt again. Sparse decoding is asked in
 cached steps after a dense prefill, the question included, so that only what is generated is sparse."""
+LEFT_DENSE = ("dense_prompts", "dense_steps", "whole_caches")
+"""Where the state of a policy counts what it left to the dense model."""
 TURNS = 7
 """Halvings of the range of a knob."""
+NUM_PREDICTED = 32
+"""Tokens at the end of a window that perplexity is measured on."""
 TIMED_TOKENS = 16
 """Tokens decoded in one round of timing."""
 CHARACTERS = 64
@@ -54,7 +59,7 @@ class Worker:
         self.tokenizer = self.loaded.need_tokenizer("study")
         self.text = read_text(plan.text, role="study")[: CHARACTERS * max(plan.lengths)]
         self._ids = encode(self.tokenizer, self.text)
-        self._policies: dict[tuple[str, float, int], PrefillPolicy] = {}
+        self._policies: dict[tuple[str, float, int], Policy] = {}
 
     def check(self, cell: Cell) -> None:
         """Refuse what cannot be measured: a wrong option, a task that does not fit the length or the text.
@@ -90,7 +95,7 @@ class Worker:
         if cell.task.startswith(LM_EVAL):
             return evaluate(model, tokenizer, cell.task.removeprefix(LM_EVAL), limit=self.plan.limit)
         if cell.task == PERPLEXITY:
-            count = min(64, cell.length // 4)
+            count = min(NUM_PREDICTED, cell.length // 4)
             found = continuation(
                 model, tokenizer, self.text, num_tokens=count, num_windows=self.plan.num_prompts, **shared
             )
@@ -108,7 +113,7 @@ class Worker:
         """
         policy, model, tokens = self.policy(cell), self.loaded.model, 1
         ids = torch.tensor([[*leading_ids(self.tokenizer), *self._ids][: cell.length]])
-        applied: list[AppliedAttention] = []
+        applied: list[Applied] = []
         ready: dict[str, tuple[Tensor, Any]] = {}
 
         def install(name: str) -> None:
@@ -131,10 +136,10 @@ class Worker:
             for name in names:
                 install(name)
                 work[name] = flops(partial(run, name))
-            if cell.phase == "prefill":
-                choosing = sum(_choosing(applied[0], partial(prefill, model, ids)))
             density = _density(applied[0])
             tokens = TIMED_TOKENS if cell.phase == "decode" else 1
+            install(cell.line)
+            choosing = _choosing(applied[0], partial(run, cell.line))
             times = time_interleaved(
                 {name: partial(run, name) for name in names},
                 repeats=self.plan.repeats,
@@ -148,17 +153,17 @@ class Worker:
             "dense_flops": work[DENSE],
             "seconds": times[cell.line].median / tokens,
             "dense_seconds": times[DENSE].median / tokens,
-            "select_seconds": choosing,
+            "select_seconds": None if choosing is None else choosing / tokens,
         }
 
-    def policy(self, cell: Cell) -> PrefillPolicy:
+    def policy(self, cell: Cell) -> Policy:
         """The policy of a cell; knobs are turned and searches made once for each budget and length."""
         key = (cell.line, cell.budget, cell.length)
         if key not in self._policies:
             self._policies[key] = self._find(cell)
         return self._policies[key]
 
-    def _find(self, cell: Cell) -> PrefillPolicy:
+    def _find(self, cell: Cell) -> Policy:
         line = self._line(cell)
         options = line.options_at(cell.budget, cell.length)
         if isinstance(options, Knob):
@@ -171,14 +176,14 @@ class Worker:
     def _line(self, cell: Cell) -> Line:
         return next(line for line in self.plan.methods if line.label == cell.line)
 
-    def _turned(self, method: str, knob: Knob, cell: Cell) -> PrefillPolicy:
+    def _turned(self, method: str, knob: Knob, cell: Cell) -> Policy:
         """Bisection: of the values tried the one whose density is nearest to the budget."""
         (ids,), tried = self._calibration(cell, 1), []
         low, high = knob.low, knob.high
         for _ in range(TURNS):
             middle = (low + high) / 2
             policy = build(method, knob.options(middle))
-            assert isinstance(policy, PrefillPolicy)
+            assert isinstance(policy, Policy)
             applied = apply(self.loaded.model, policy)
             try:
                 prefill(self.loaded.model, ids)
@@ -194,7 +199,7 @@ class Worker:
         return calibration_batches(self.tokenizer, text, num_samples=samples, length=cell.length, seed=cell.seed)
 
     @contextmanager
-    def _installed(self, cell: Cell) -> Iterator[AppliedAttention | None]:
+    def _installed(self, cell: Cell) -> Iterator[Applied | None]:
         """The cell's policy in force, nothing for the dense model."""
         if cell.line == DENSE:
             yield None
@@ -206,7 +211,7 @@ class Worker:
             applied.remove()
 
 
-def build(method: str, options: dict[str, Any]) -> PrefillPolicy | PolicySearch:
+def build(method: str, options: dict[str, Any]) -> Policy | PolicySearch:
     """The options of a method; prompts of any length are sparse unless ``min_length`` is given.
 
     Raises:
@@ -216,21 +221,25 @@ def build(method: str, options: dict[str, Any]) -> PrefillPolicy | PolicySearch:
     return options_from({"method": method} | always | options)
 
 
-def _density(applied: AppliedAttention | None) -> dict[str, Any]:
+def _density(applied: Applied | None) -> dict[str, Any]:
     """What was really read, mean over the layers that the policy rules, and why texts were left dense."""
     if applied is None:
         return {"density": 1.0, "dense": {}}
     shares = list(applied.density().values())
     return {
         "density": statistics.mean(shares) if shares else math.nan,
-        "dense": applied.state().get("dense_prompts", {}),
+        "dense": next(counts for name, counts in applied.state().items() if name in LEFT_DENSE),
     }
 
 
-def _choosing(applied: AppliedAttention, run: Callable[[], object]) -> list[float]:
-    """Seconds that the policy's choice takes, layer by layer; of three runs the last."""
+def _choosing(applied: Applied, run: Callable[[], object]) -> float | None:
+    """Seconds that the choice takes in one run; None for eviction, which is part of the prefill."""
+    if isinstance(applied, AppliedEviction):
+        return None
+    if isinstance(applied, AppliedDecode):
+        applied.reset()
+        run()
+        return applied.select_seconds
     seconds: list[float] = []
-    for _ in range(3):
-        seconds.clear()
-        watch(applied, lambda seen: seconds.append(seen.done.select_seconds), run)
-    return seconds
+    watch(applied, lambda seen: seconds.append(seen.done.select_seconds), run)
+    return sum(seconds)
