@@ -8,10 +8,10 @@ calibration text, until the share that is read is the one wanted. What is really
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from ..attention import PolicySearch, PrefillPolicy
-from ..attention.portable import options_for
+from ..attention.portable import methods, options_for
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -84,7 +84,6 @@ def _vertical_slash(budget: float, length: int) -> Options:
 
     A diagonal is wider in a block of queries that share their keys, so how many there are is a knob.
     """
-
     size = _block(length)
 
     def lines(share: float) -> dict[str, Any]:
@@ -100,31 +99,83 @@ def _xattention(_budget: float, length: int) -> Options:
     return Knob(lambda share: {"q_block": size, "k_block": size, "threshold": share}, 0.01, 1.0)
 
 
-def _keys(budget: float, length: int) -> Options:
+def _keys(budget: float, length: int) -> dict[str, Any]:
     return {"num_keys": max(1, round(budget * length))}
+
+
+def _keys_everywhere(budget: float, length: int) -> Options:
+    """Every layer within the budget, the first ones too."""
+    return _keys(budget, length) | {"dense_layers": 0}
+
+
+def _block_topk_decode(budget: float, length: int) -> Options:
+    """A quarter for the latest keys."""
+    keys = max(8, round(budget * length))
+    return {"num_keys": keys, "window_size": min(64, keys // 4), "num_sinks": min(4, keys // 8), "dense_layers": 0}
+
+
+def _hierarchical_decode(budget: float, length: int) -> Options:
+    keys = max(4, round(budget * length))
+    window = max(1, keys // 4)
+    return {"k": max(2, (keys - window) // 2 * 2), "window_size": window}
+
+
+def _paged_selection(budget: float, length: int) -> Options:
+    return {"num_keys": max(16, round(budget * length)), "page_size": 16}
+
+
+def _streaming_decode(budget: float, length: int) -> Options:
+    keys = max(2, round(budget * length))
+    sinks = min(4, keys // 2)
+    return {"num_sinks": sinks, "window_size": keys - sinks}
+
+
+def _top_p(_budget: float, _length: int) -> Options:
+    return Knob(lambda share: {"p": share}, 0.01, 1.0)
 
 
 def _share(budget: float, _length: int) -> Options:
     return {"density": budget}
 
 
+def _snapkv(budget: float, length: int) -> Options:
+    """The window, which is part of the budget, is at most a quarter of it."""
+    return {"density": budget, "window_size": max(1, min(64, round(budget * length) // 4))}
+
+
 METHODS_AT: dict[str, Callable[[float, int], Options]] = {
+    "ada_kv": _share,
     "block_topk": _block_topk,
+    "block_topk_decode": _block_topk_decode,
     "chunked_hierarchical": _chunked,
-    "flexprefill": lambda budget, length: Knob(
-        lambda share: {"q_block": 64, "min_budget": 64, "gamma": share}, 0.0, 1.0
-    ),
+    "double_sparsity": _keys_everywhere,
+    "expected_attention": _share,
+    "flexprefill": _flexprefill,
+    "h2o": _share,
     "hierarchical": _hierarchical,
+    "hierarchical_decode": _hierarchical_decode,
     "knorm": _share,
     "oracle_topk": _keys,
+    "paged_selection": _paged_selection,
+    "pyramidkv": _share,
+    "quest": _keys_everywhere,
     "sink_window": _sink_window,
+    "snapkv": _snapkv,
+    "streaming_decode": _streaming_decode,
+    "streaming_llm": _share,
+    "tidal": _keys,
+    "top_p": _top_p,
+    "tova": _share,
     "tri_shape": _tri_shape,
     "vertical_slash": _vertical_slash,
-    "xattention": lambda budget, length: Knob(
-        lambda share: {"q_block": 64, "k_block": 64, "threshold": share}, 0.0, 1.0
-    ),
+    "xattention": _xattention,
 }
 """Options by method, as functions of the budget and of the length of the prompt in tokens."""
+
+
+def known_methods() -> list[str]:
+    """The methods of `METHODS_AT` that the catalogue has."""
+    return [name for name in METHODS_AT if name in methods()]
 
 
 def phase_of(method: str) -> Phase:
@@ -133,4 +184,7 @@ def phase_of(method: str) -> Phase:
     Raises:
         InputError: if there is no such method.
     """
-    return "prefill" if issubclass(options_for(method), PrefillPolicy | PolicySearch) else "decode"
+    kind = options_for(method)
+    if issubclass(kind, PolicySearch):
+        kind = get_type_hints(kind.fit).get("return", PrefillPolicy)  # what it finds
+    return "prefill" if issubclass(kind, PrefillPolicy) else "decode"

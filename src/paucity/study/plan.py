@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..checks import check_choice, fail
 from ..measure.prompts import TASKS
 from ..recipe import one_line, read_yaml
-from .methods import METHODS_AT, PHASES, Knob, Options, Phase, phase_of
+from .methods import METHODS_AT, PHASES, Knob, Options, Phase, known_methods, phase_of
 
 PERPLEXITY, LM_EVAL, COST, DENSE = "perplexity", "lm-eval:", "cost", "dense"
 Count = Annotated[int, Field(ge=1)]
@@ -208,7 +208,7 @@ def default_study(*, quick: bool = False, **fields: Any) -> Study:
     """
     given = {name: value for name, value in fields.items() if value is not None}
     known: dict[Phase, tuple[str, ...]] = {
-        phase: tuple(name for name in METHODS_AT if phase_of(name) == phase) for phase in PHASES
+        phase: tuple(name for name in known_methods() if phase_of(name) == phase) for phase in PHASES
     }
     table = QUICK_METHODS if quick else known
     if "phases" not in given and "methods" in given:

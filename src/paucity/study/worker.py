@@ -112,7 +112,8 @@ class Worker:
         does not tell.
         """
         policy, model, tokens = self.policy(cell), self.loaded.model, 1
-        ids = torch.tensor([[*leading_ids(self.tokenizer), *self._ids][: cell.length]])
+        room = cell.length - TIMED_TOKENS if cell.phase == "decode" else cell.length
+        ids = torch.tensor([[*leading_ids(self.tokenizer), *self._ids][: max(2, room)]])
         applied: list[Applied] = []
         ready: dict[str, tuple[Tensor, Any]] = {}
 
@@ -179,6 +180,7 @@ class Worker:
     def _turned(self, method: str, knob: Knob, cell: Cell) -> Policy:
         """Bisection: of the values tried the one whose density is nearest to the budget."""
         (ids,), tried = self._calibration(cell, 1), []
+        ids = ids[:, : ids.shape[1] - TIMED_TOKENS] if cell.phase == "decode" else ids
         low, high = knob.low, knob.high
         for _ in range(TURNS):
             middle = (low + high) / 2
@@ -186,7 +188,9 @@ class Worker:
             assert isinstance(policy, Policy)
             applied = apply(self.loaded.model, policy)
             try:
-                prefill(self.loaded.model, ids)
+                logits, cache = prefill(self.loaded.model, ids)
+                if cell.phase == "decode":
+                    decode(self.loaded.model, logits, cache, TIMED_TOKENS)
                 density = _density(applied)["density"]
             finally:
                 applied.remove()
