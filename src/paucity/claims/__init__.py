@@ -21,6 +21,11 @@ CLAIMS: dict[str, Claim] = {
         "2505.23520",
         "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
     ),
+    "decode-sparser-than-prefill": Claim(
+        "decode_sparser_than_prefill",
+        "2504.17768",
+        "At equal quality, decoding bears a sparser reading of the cache than prefill does of the prompt.",
+    ),
     "dhsa-beats-block-sparse": Claim(
         "dhsa_beats_block_sparse",
         "2510.24606",
@@ -67,6 +72,11 @@ CLAIMS: dict[str, Claim] = {
         "2406.14909",
         "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
     ),
+    "no-single-best": Claim(
+        "no_single_best",
+        "2504.17768",
+        "No sparse attention method is best across tasks and phases.",
+    ),
     "power-receptive-field": Claim(
         "power_receptive_field",
         "2503.03588",
@@ -76,6 +86,11 @@ CLAIMS: dict[str, Claim] = {
         "sharded_union",
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
+    ),
+    "threads-harder-than-needles": Claim(
+        "threads_harder_than_needles",
+        "2411.05000",
+        "Following a thread through a long text is harder than finding a needle, and harder the longer the thread.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

@@ -1,6 +1,7 @@
 """What the rows of a study say: who leads where, how little may be read, and both in sentences."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..report.units import listed, percent
@@ -37,19 +38,25 @@ def telling_tasks(result: Result, phase: Phase, length: int) -> list[str]:
 
 
 def tolerated(result: Result, phase: Phase, length: int, tasks: list[str]) -> list[Tolerated]:
-    """The sparsest setting of each method that keeps all ``tasks``, the sparsest first; methods without one are absent.
+    """The sparsest setting of each method that keeps all ``tasks`` of a phase and length; see `sparsest`."""
+    return sparsest([row for task in tasks for row in result.of(phase, task, length)])
 
-    What is denser than the dense model's half is no sparse setting and does not count.
+
+def sparsest(rows: Sequence[Row]) -> list[Tolerated]:
+    """The sparsest setting of each method that keeps every task, the sparsest first; methods without one are absent.
+
+    Args:
+        rows: of one phase and one length, those of the dense model among them; all their tasks count.
     """
+    dense = {row.task: row for row in rows if row.method == DENSE}
+    settings: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        if row.method != DENSE:
+            settings.setdefault((row.method, row.budget), []).append(row)
     best: dict[str, Tolerated] = {}
-    settings: dict[tuple[str, float], list[tuple[Row, Row]]] = {}
-    for task in tasks:
-        dense, *rows = sorted(result.of(phase, task, length), key=lambda row: row.method != DENSE)
-        for row in rows:
-            settings.setdefault((row.method, row.budget), []).append((row, dense))
-    for (method, budget), pairs in settings.items():
-        if len(pairs) == len(tasks) and all(kept(row, dense) for row, dense in pairs):
-            density = max(row.density for row, _ in pairs)
+    for (method, budget), mine in settings.items():
+        if len(mine) == len(dense) and all(kept(row, dense[row.task]) for row in mine):
+            density = max(row.density for row in mine)
             if method not in best or density < best[method].density:
                 best[method] = Tolerated(method, budget, density)
     return sorted(best.values(), key=lambda found: found.density)
@@ -87,7 +94,7 @@ def _mean_task(result: Result, phase: Phase, length: int) -> str:
 
 def verdict(result: Result) -> list[str]:
     """What dominates where, in sentences that follow from the rows."""
-    said, sparsest = [], {}
+    said, least = [], {}
     phases: list[Phase] = list(dict.fromkeys(row.phase for row in result.rows))
     lengths = sorted({row.length for row in result.rows})
     longest = lengths[-1]
@@ -96,7 +103,7 @@ def verdict(result: Result) -> list[str]:
         tasks = telling_tasks(result, phase, longest)
         found = tolerated(result, phase, longest, tasks) if tasks else []
         if found:
-            sparsest[phase] = found[0].density
+            least[phase] = found[0].density
             more = f", then {found[1].method} with {percent(found[1].density)}" if len(found) > 1 else ""
             said.append(
                 f"{NAMES[phase]}{at}: {found[0].method} keeps {percent(KEPT, 0)} of the dense quality on every task "
@@ -104,11 +111,11 @@ def verdict(result: Result) -> list[str]:
             )
         elif tasks:
             said.append(f"{NAMES[phase]}{at}: none of these methods keeps {percent(KEPT, 0)} on every task.")
-    if len(sparsest) == 2:
-        first, second = sorted(sparsest, key=lambda phase: sparsest[phase])
+    if len(least) == 2:
+        first, second = sorted(least, key=lambda phase: least[phase])
         said.append(
-            f"{NAMES[first]} bears more sparsity here than {NAMES[second].lower()}: {percent(sparsest[first])} "
-            f"against {percent(sparsest[second])} read."
+            f"{NAMES[first]} bears more sparsity here than {NAMES[second].lower()}: {percent(least[first])} "
+            f"against {percent(least[second])} read."
         )
     said += _no_single_best(result, phases)
     poor = list(

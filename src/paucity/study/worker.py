@@ -1,5 +1,6 @@
 """One cell of a study, measured: the policy at its budget put on the model, the task done, the policy taken off."""
 
+import functools
 import math
 import random
 import statistics
@@ -51,14 +52,24 @@ class Worker:
     Args:
         plan: the study.
         loaded: its model; loaded here if None.
+        text: instead of the plan's texts, both of them.
     """
 
-    def __init__(self, plan: Study, loaded: Loaded | None = None) -> None:
+    def __init__(self, plan: Study, loaded: Loaded | None = None, text: str | None = None) -> None:
         self.plan = plan
         self.loaded = loaded or load(plan.model, dtype=plan.dtype)
         self.tokenizer = self.loaded.need_tokenizer("study")
-        self.text = read_text(plan.text, role="study")[: CHARACTERS * max(plan.lengths)]
+        enough = CHARACTERS * max(plan.lengths)
+        self.text = (text or read_text(plan.text, role="study"))[:enough]
         self._ids = encode(self.tokenizer, self.text)
+        self._calibrate = functools.cache(
+            lambda length, samples: calibration_batches(
+                self.tokenizer,
+                (text or read_text(plan.calibration_text, role="calibration"))[:enough],
+                num_samples=samples,
+                length=length,
+            )
+        )
         self._policies: dict[tuple[str, float, int], Policy] = {}
 
     def check(self, cell: Cell) -> None:
@@ -76,8 +87,12 @@ class Worker:
             rng = random.Random(0)
             build_prompt(self.tokenizer, TASKS[cell.task](rng), self._ids, cell.length, rng, line_ends=())
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
+    def measure(self, cell: Cell, *, seed: int = 0) -> dict[str, Any]:
         """What a cell holds, as JSON values.
+
+        Args:
+            cell: one of the plan's.
+            seed: added to the cell's.
 
         Returns:
             ``scores`` (or ``nats`` and ``bytes``) by prompt, ``density`` and ``dense`` (how often a policy left a text
@@ -86,12 +101,12 @@ class Worker:
         if cell.task == COST:
             return self._cost(cell)
         with self._installed(cell) as applied:
-            found = self._quality(cell)
+            found = self._quality(cell, cell.seed + seed)
             return found | _density(applied)
 
-    def _quality(self, cell: Cell) -> dict[str, Any]:
+    def _quality(self, cell: Cell, seed: int) -> dict[str, Any]:
         model, tokenizer, mode = self.loaded.model, self.tokenizer, MODES[cell.phase]
-        shared: dict[str, Any] = {"length": cell.length, "seed": cell.seed, "mode": mode}
+        shared: dict[str, Any] = {"length": cell.length, "seed": seed, "mode": mode}
         if cell.task.startswith(LM_EVAL):
             return evaluate(model, tokenizer, cell.task.removeprefix(LM_EVAL), limit=self.plan.limit)
         if cell.task == PERPLEXITY:
@@ -171,7 +186,7 @@ class Worker:
             return self._turned(line.method, options, cell)
         found = build(line.method, options)
         if isinstance(found, PolicySearch):
-            return found.fit(self.loaded.model, self._calibration(cell, NUM_SAMPLES))
+            return found.fit(self.loaded.model, self._calibrate(cell.length, NUM_SAMPLES))
         return found
 
     def _line(self, cell: Cell) -> Line:
@@ -179,7 +194,7 @@ class Worker:
 
     def _turned(self, method: str, knob: Knob, cell: Cell) -> Policy:
         """Bisection: of the values tried the one whose density is nearest to the budget."""
-        (ids,), tried = self._calibration(cell, 1), []
+        (ids,), tried = self._calibrate(cell.length, 1), []
         ids = ids[:, : ids.shape[1] - TIMED_TOKENS] if cell.phase == "decode" else ids
         low, high = knob.low, knob.high
         for _ in range(TURNS):
@@ -197,10 +212,6 @@ class Worker:
             tried.append((abs(density - cell.budget), middle, policy))
             low, high = (middle, high) if density < cell.budget else (low, middle)
         return min(tried, key=lambda one: one[:2])[2]
-
-    def _calibration(self, cell: Cell, samples: int) -> list[Tensor]:
-        text = read_text(self.plan.calibration_text, role="calibration")
-        return calibration_batches(self.tokenizer, text, num_samples=samples, length=cell.length, seed=cell.seed)
 
     @contextmanager
     def _installed(self, cell: Cell) -> Iterator[Applied | None]:
