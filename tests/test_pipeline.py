@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paucity.checks import InputError
-from paucity.pipeline import Folder, run
+from paucity.folder import Folder
+from paucity.pipeline import run
 from paucity.recipe import Recipe
 
 MEASURED = ("bits_per_byte", "passkey_accuracy", "prefill_ms", "decode_ms_per_token", "peak_memory_mb", "flops")
@@ -94,7 +95,7 @@ def test_a_killed_run_resumes_where_it_was(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Folder, "once", counts)
     with pytest.raises(InputError, match=r"hold no unfinished run .*--resume"):
         run(recipe, tmp_path / "out")
-    with pytest.raises(InputError, match="continue a run of the same recipe"):
+    with pytest.raises(InputError, match="continue a run of the same plan"):
         run(recipe.model_copy(update={"seed": 1}), tmp_path / "out", resume=True)
     report = run(recipe, tmp_path / "out", resume=True)
     assert "sparse.quality" in calls

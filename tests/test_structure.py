@@ -12,10 +12,11 @@ from paucity.catalog import families
 
 PACKAGE = Path(inspect.getfile(paucity)).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEVELS = {"checks": 0, "catalog": 1, "ops": 1, "kernels": 2, "measure": 3, "report": 3, "models": 4}
+LEVELS = {"checks": 0, "catalog": 1, "folder": 1, "ops": 1, "kernels": 2, "measure": 3, "report": 3, "models": 4}
 LEVELS |= dict.fromkeys(families(), 5) | {
     "recipe": 6,
-    "claims": 7,
+    "study": 7,
+    "claims": 8,
     "bench": 7,
     "compare": 7,
     "pipeline": 8,
@@ -23,6 +24,7 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "cli_attention": 8,
     "cli_kinetics": 8,
     "kinetics": 5,
+    "cli_study": 8,
     "cli": 9,
     "__main__": 10,
 }

@@ -12,6 +12,7 @@ from .checks import InputError, fail
 from .cli_attention import app as attention_app
 from .cli_kinetics import kinetics, machine_table, measure
 from .cli_output import Json, err, out, print_json, spinner
+from .cli_study import app as study_app
 
 app = typer.Typer(
     name="paucity",
@@ -24,6 +25,7 @@ claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=Tr
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
 app.command()(kinetics)
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:
@@ -60,11 +62,11 @@ def run(
 
     loaded = Recipe.load(recipe).using(model=model, text=text, calibration_text=calibration_text)
     target = out_dir or Path("runs") / recipe.stem
-    from .pipeline import Folder
+    from .folder import Folder
     from .pipeline import run as run_recipe
     from .report import console_table
 
-    Folder(target).check(loaded, force=force, resume=resume)
+    Folder(target, "run").check(loaded, force=force, resume=resume)
     with spinner() as progress:
         report = run_recipe(loaded, target, force=force, resume=resume, on_progress=progress)
     out.print(console_table(report))

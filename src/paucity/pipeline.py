@@ -6,84 +6,24 @@ whatever does not fit the model is refused at once; they draw from seeds alone, 
 """
 
 import copy
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from . import catalog
-from .checks import fail
 from .compare import Progress, compare, fit
+from .folder import Folder, write_whole
 from .measure.data import read_text
 from .measure.tokens import context_length
 from .models.applied import Combined
 from .models.calibration import calibration_batches
+from .models.facts import model_facts
 from .models.load import Loaded, load
 from .models.save import save
 from .recipe import Recipe
-from .report import ModelFacts, Report, StepRecord, TextFacts, TextUse, environment, render
-
-
-@dataclass
-class Folder:
-    """``OUT`` and ``OUT.partial``: results are kept as they come and published whole."""
-
-    out: Path
-    partial: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.partial = self.out.with_name(self.out.name + ".partial")
-
-    def check(self, recipe: Recipe, *, force: bool, resume: bool) -> None:
-        """Refuse what must not be overwritten; nothing is changed.
-
-        Raises:
-            InputError: if ``out`` exists without ``force``, or an unfinished run lies there and neither ``resume``
-                nor ``force`` is set, or it is of another recipe.
-        """
-        if self.out.exists() and not force:
-            raise fail("run", "out", "not exist (--force replaces it when the run is complete)", self.out)
-        if not self.partial.exists():
-            return
-        if resume:
-            record = self.partial / "recipe.json"
-            if not record.is_file() or record.read_text(encoding="utf-8") != recipe.model_dump_json():
-                raise fail("run", "resume", "continue a run of the same recipe", f"another in {self.partial}")
-        elif not force:
-            constraint = "hold no unfinished run (--resume continues it, --force discards it)"
-            raise fail("run", "out", constraint, self.partial)
-
-    def open(self, recipe: Recipe, *, resume: bool) -> None:
-        """Start, or continue what was left with ``resume``."""
-        if self.partial.exists() and not resume:
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        _write(self.partial / "recipe.json", recipe.model_dump_json())
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of ``make()``, computed once and read back after a resume."""
-        path = self.partial / "stages" / f"{name}.json"
-        if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            _write(path, json.dumps(make()))
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def publish(self) -> None:
-        """Put the finished run in the place of ``out``; an older one goes only when the new one is there."""
-        shutil.rmtree(self.partial / "stages", ignore_errors=True)
-        (self.partial / "recipe.json").unlink()
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.out.rename(old)
-        self.partial.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+from .report import Report, StepRecord, TextFacts, TextUse, environment, render
 
 
 def run(
@@ -103,7 +43,7 @@ def run(
             not fit it; all before anything is measured.
     """
     started, tell = time.monotonic(), on_progress or _silent
-    folder = Folder(Path(out))
+    folder = Folder(Path(out), "run")
     folder.check(recipe, force=force, resume=resume)
     text = read_text(recipe.measure.text, role="measure")
     calibration_text = read_text(recipe.calibration.text, role="calibration")
@@ -130,7 +70,7 @@ def run(
         seconds=time.monotonic() - started,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(),
-        model=_model_facts(dense, [*plan.notes, *ran_dense]),
+        model=model_facts(dense, [*plan.notes, *ran_dense]),
         text=TextUse(evaluated=evaluated, calibrated=calibrated),
         dense=before,
         sparse=after,
@@ -139,8 +79,8 @@ def run(
         attention=facts["attention"],
     )
     report.write(folder.partial / "report.json")
-    _write(folder.partial / "report.html", render(report))
-    _write(folder.partial / "recipe.yaml", recipe.to_yaml())
+    write_whole(folder.partial / "report.html", render(report))
+    write_whole(folder.partial / "recipe.yaml", recipe.to_yaml())
     folder.publish()
     return report
 
@@ -177,21 +117,3 @@ def _apply(
             )
         )
     return Combined(applied), records
-
-
-def _model_facts(loaded: Loaded, notes: Iterable[str]) -> ModelFacts:
-    model = loaded.model
-    return ModelFacts(
-        source=loaded.source,
-        architecture=type(model).__name__,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        notes=[*loaded.notes, *notes],
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, then move."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

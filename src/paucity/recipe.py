@@ -1,16 +1,23 @@
 """Recipe: what to make sparse, how, and what to measure; a validated model, from YAML or built in Python."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from . import catalog
 from .checks import InputError, did_you_mean
+from .measure.prompts import TASKS
 
 Count = Annotated[int, Field(ge=1)]
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(TASKS)]
+"""A name in `paucity.measure.prompts.TASKS`."""
 
 
 class _Strict(BaseModel):
@@ -49,7 +56,7 @@ class Calibration(_Strict):
 class Retrieval(_Strict):
     """Retrieval-from-context prompts: every task at every length (tokens)."""
 
-    tasks: tuple[Literal["passkey", "key_value", "multi_value", "variable_tracking"], ...] = ("passkey", "key_value")
+    tasks: tuple[Task, ...] = ("passkey", "key_value")
     lengths: tuple[Count, ...] = (1024, 4096)
     num_prompts: Count = 20
 
@@ -106,16 +113,7 @@ class Recipe(_Strict):
         Raises:
             InputError: if the file is absent, is no YAML mapping, or a field is wrong or unknown.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"recipe: path must be a YAML file, got {path}, which does not exist.")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"recipe: {path} must be valid YAML, got: {reason}.") from None
-        if not isinstance(data, dict):
-            raise InputError(f"recipe: {path} must hold a mapping of keys to values, got {type(data).__name__}.")
+        data = read_yaml(path, "recipe")
         return cls._validated(data, str(path))
 
     @classmethod
@@ -123,7 +121,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(_one_line(error, where, data)) from None
+            raise one_line(error, where, _known_keys(error, data)) from None
 
     def using(
         self, *, model: str | None = None, text: str | None = None, calibration_text: str | None = None
@@ -141,28 +139,50 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _one_line(error: ValidationError, where: str, data: Any) -> str:
-    """The first thing that is wrong, as one line; an unknown key is answered with the nearest right one."""
+def read_yaml(path: str | Path, function: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: in the name of ``function``, if the file is absent or holds no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{function}: path must be a YAML file, got {path}, which does not exist.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{function}: {path} must be valid YAML, got: {reason}.") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{function}: {path} must hold a mapping of keys to values, got {type(data).__name__}.")
+    return data
+
+
+def one_line(error: ValidationError, where: str, known: Collection[str]) -> InputError:
+    """The first thing that is wrong, as one line; an unknown key is answered with the nearest of the ``known`` ones."""
     first = error.errors()[0]
     path = [part for part in first["loc"] if part != "options"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     if first["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1], data)
         near = did_you_mean(str(path[-1]), known)
-        return f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}."
+        return InputError(f"{where}: {name} must be one of {', '.join(known)}, got {path[-1]}{near}.")
     if first["type"] == "missing":
-        return f"{where}: {name} must be given."
+        return InputError(f"{where}: {name} must be given.")
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     if " must " in message:  # a check of this package: its own words, with the place instead of the function
         message = re.sub(r"^\w+: ", "", message)
-        return f"{where}: {'.'.join(part for part in (name, message) if part)}."
+        return InputError(f"{where}: {'.'.join(part for part in (name, message) if part)}.")
     _, found, constraint = message.partition(" should ")
     constraint = constraint if found else f"be valid ({message})"
-    return f"{where}: {name} must {constraint}, got {first['input']!r}."
+    return InputError(f"{where}: {name} must {constraint}, got {first['input']!r}.")
 
 
-def _known_keys(path: list[int | str], data: Any) -> list[str]:
-    """The keys that a recipe knows at ``path``."""
+def _known_keys(error: ValidationError, data: Any) -> list[str]:
+    """The keys that a recipe knows where the first error is, if that is an unknown key."""
+    first = error.errors()[0]
+    path = [part for part in first["loc"][:-1] if part != "options"]
+    if first["type"] != "extra_forbidden":
+        return []
     if path[:1] == ["steps"]:
         options_for, _ = catalog.get(str(data["steps"][path[1]]["method"])).installer()
         return ["method", *options_for(str(data["steps"][path[1]]["method"])).model_fields]

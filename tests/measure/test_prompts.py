@@ -2,7 +2,18 @@ import random
 
 import pytest
 
-from paucity.measure.prompts import TASKS, interleave, key_value, multi_value, scatter, variable_tracking
+from paucity.checks import InputError
+from paucity.measure.prompts import (
+    DIRECTIONS,
+    TASKS,
+    copying,
+    interleave,
+    key_value,
+    multi_value,
+    scatter,
+    threading,
+    variable_tracking,
+)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -70,3 +81,38 @@ def test_interleave_keeps_the_order_of_needles(seed):
     lines = interleave(fact, random.Random(seed))
     assert sorted(lines) == sorted(fact.needles + fact.distractors)
     assert [line for line in lines if line in fact.needles] == list(fact.needles)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_following_a_thread_by_hand_gives_its_answer(direction, num_steps):
+    fact = threading(random.Random(3), num_steps=num_steps, num_threads=4, direction=direction)
+    lines = [*fact.needles, *fact.distractors]
+    following = dict(line.removeprefix("The magic number for ").removesuffix(".\n").split(" is ") for line in lines)
+    assert len(following) == len(lines) == 4 * num_steps  # no key comes twice
+    at = fact.question.removesuffix(" is").rpartition(" from ")[2]
+    places = []
+    for _ in range(num_steps):
+        places.append(fact.needles.index(f"The magic number for {at} is {following[at]}.\n"))
+        at = following[at]
+    assert (at,) == fact.answers
+    assert at not in following
+    if direction != "random":
+        assert places == sorted(places, reverse=direction == "backward")
+
+
+def test_words_to_copy_follow_the_question_in_the_text():
+    fact = copying(random.Random(0), num_words=7)
+    assert len(fact.answers[0].split()) == 7
+    assert fact.needles == (f"The words are {fact.answers[0]}.\n",)
+    assert fact.verbatim
+    assert fact.question.endswith("The words are")
+
+
+def test_bad_sizes():
+    with pytest.raises(InputError, match="num_steps must be at least 1, got 0"):
+        threading(random.Random(0), num_steps=0)
+    with pytest.raises(InputError, match="direction must be one of backward, forward, random, got up"):
+        threading(random.Random(0), direction="up")
+    with pytest.raises(InputError, match="num_words must be at least 1"):
+        copying(random.Random(0), num_words=0)

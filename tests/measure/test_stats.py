@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from paucity.checks import InputError
-from paucity.measure.stats import mean_interval, ratio_interval, share_interval
+from paucity.measure.stats import mean_interval, ratio_interval, share_change, share_interval
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 1), (0, 20), (7, 20), (20, 20), (500, 1000)])
@@ -47,3 +47,20 @@ def test_bad_input():
         share_interval([1.0], confidence=1)
     with pytest.raises(InputError, match=r"scores must be in \[0, 1\], got 2"):
         share_interval([2.0])
+
+
+def test_change_of_paired_shares():
+    # Newcombe 1998, Table II: 36 pairs both right, 12 the first alone, 2 the second alone, none neither; method 10:
+    # 0.2 with 0.0569 to 0.3404.
+    first, second = [1] * 36 + [1] * 12 + [0] * 2, [1] * 36 + [0] * 12 + [1] * 2
+    change = share_change(first, second)
+    assert change.value == pytest.approx(0.2)
+    assert (change.low, change.high) == pytest.approx((0.0569, 0.3404), abs=2e-3)
+    back = share_change(second, first)
+    assert (back.low, back.high) == pytest.approx((-change.high, -change.low))
+    same = share_change([1.0] * 10, [1.0] * 10)
+    assert same.value == 0
+    assert same.low < -0.2  # ten agreeing pairs prove little
+    assert same.high > 0.2
+    with pytest.raises(InputError, match="baseline must have 2 scores, got 1"):
+        share_change([0, 1], [1])

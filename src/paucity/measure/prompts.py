@@ -1,13 +1,17 @@
 """Retrieval-from-context prompts with a known answer, in the style of RULER.
 
 Paper: Hsieh et al. 2024, https://arxiv.org/abs/2404.06654 (needle tasks and variable tracking); the passkey prompt is
-that of Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300. The haystack is real text given by the caller.
+that of Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300; threads are those of Roberts et al. 2024,
+https://arxiv.org/abs/2411.05000, as sentences instead of a JSON object of random identifiers, one thread asked for at a
+time. The haystack is real text given by the caller.
 """
 
 import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from ..checks import check_choice, check_int
 
 _words = str.split
 _ADJECTIVES = _words(
@@ -30,12 +34,16 @@ _NOUNS = _words(
 
 @dataclass(frozen=True)
 class Fact:
-    """Needles to hide in a text, a question about them and the answers expected, in the order of appearance."""
+    """Needles to hide in a text, a question about them and the answers expected, in the order of appearance.
+
+    A ``verbatim`` answer is graded by the share of its tokens that are right, instead of as a whole.
+    """
 
     needles: tuple[str, ...]
     question: str
     answers: tuple[str, ...]
     distractors: tuple[str, ...] = ()
+    verbatim: bool = False
 
 
 def _number(rng: random.Random) -> str:
@@ -95,11 +103,50 @@ def variable_tracking(rng: random.Random, *, num_hops: int = 2, num_chains: int 
     return Fact(chains[0], question, tuple(names[: num_hops + 1]), others)
 
 
+def threading(rng: random.Random, *, num_steps: int = 3, num_threads: int = 3, direction: str = "forward") -> Fact:
+    """Needle threading: the value of a key is the next key, and the value at the end of the first thread is asked for.
+
+    Args:
+        rng: of keys and numbers.
+        num_steps: lines of a thread; 1 is `key_value`.
+        num_threads: threads of that length, all but one of them distractors.
+        direction: in which order the lines of the thread stand in the text: one of `DIRECTIONS`.
+    """
+    check_int("threading", "num_steps", num_steps)
+    check_int("threading", "num_threads", num_threads)
+    check_choice("threading", "direction", direction, DIRECTIONS)
+    starts, numbers = _keys(rng, num_threads), _numbers(rng, num_threads * num_steps)
+    threads = []
+    for t, start in enumerate(starts):
+        thread = [start, *numbers[t * num_steps : (t + 1) * num_steps]]
+        lines = [f"The magic number for {key} is {value}.\n" for key, value in pairwise(thread)]
+        if direction == "random":
+            rng.shuffle(lines)
+        threads.append(lines[::-1] if direction == "backward" else lines)
+    question = (
+        f"What is the last of the {num_steps} magic numbers on the thread from {starts[0]}? "
+        f"The last magic number from {starts[0]} is"
+    )
+    others = tuple(line for lines in threads[1:] for line in lines)
+    return Fact(tuple(threads[0]), question, (numbers[num_steps - 1],), others)
+
+
+def copying(rng: random.Random, *, num_words: int = 16) -> Fact:
+    """A list of words that is to be repeated word for word."""
+    check_int("copying", "num_words", num_words)
+    words = " ".join(rng.choices(_ADJECTIVES + _NOUNS, k=num_words))
+    return Fact((f"The words are {words}.\n",), "What are the words? The words are", (words,), verbatim=True)
+
+
+DIRECTIONS = ("forward", "backward", "random")
+
 TASKS: dict[str, Callable[[random.Random], Fact]] = {
     "passkey": passkey,
     "key_value": key_value,
     "multi_value": multi_value,
+    "threading": threading,
     "variable_tracking": variable_tracking,
+    "copying": copying,
 }
 
 

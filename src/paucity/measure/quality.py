@@ -181,12 +181,13 @@ def _evaluate(
             nats.append(float(loss))
             if on_progress is not None:
                 on_progress(done, len(ends))
-    return _summary(nats, [b - a for a, b in pairwise([first - 1, *ends])], num_bytes, length, stride, seed)
+    return summary(nats, [b - a for a, b in pairwise([first - 1, *ends])], num_bytes, length, stride, seed)
 
 
-def _summary(
+def summary(
     nats: Sequence[float], tokens: Sequence[int], num_bytes: int | None, length: int, stride: int, seed: int
 ) -> Quality:
+    """`Quality` of windows with summed ``nats`` over ``tokens`` each, and the bytes of all of them."""
     mean = ratio_interval(nats, tokens, seed=seed)
     bits = None
     if num_bytes is not None:

@@ -1,14 +1,16 @@
 """Retrieval from context: facts hidden in a long text, and a question about them.
 
 Paper: Hsieh et al. 2024 (RULER), https://arxiv.org/abs/2404.06654: one answer counts when it is given exactly, several
-by the share of them found in the output. The haystack is the caller's text instead of essays, and only the tasks of
-`paucity.measure.prompts` are here (no common-word or question-answering tasks).
+by the share of them found in the output, one to be copied by the share of its tokens that are right. The haystack is
+the caller's text instead of essays, and only the tasks of `paucity.measure.prompts` are here (no common-word or
+question-answering tasks).
 """
 
 import random
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -35,12 +37,16 @@ class Prompt:
         answer_ids: token ids of the answers as text: a space, then the answers separated by commas.
         answers: the answers expected.
         depths: where each needle starts, as a fraction of the prompt; 0 is its start.
+        verbatim: whether the answer is graded token by token.
+        answer_ends: how many of ``answer_ids`` there are up to the end of each answer.
     """
 
     ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     answers: tuple[str, ...]
     depths: tuple[float, ...]
+    verbatim: bool = False
+    answer_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,16 @@ def build_prompt(
         else:
             ids.append(token)
     ids += tail
-    return Prompt(tuple(ids), tuple(answer_ids), fact.answers, tuple(place / len(ids) for place in places))
+    depths = tuple(place / len(ids) for place in places)
+    ends_at = _answer_ends(tokenizer, answer_ids, fact.answers)
+    return Prompt(tuple(ids), tuple(answer_ids), fact.answers, depths, fact.verbatim, ends_at)
+
+
+def _answer_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answers: Sequence[str]) -> tuple[int, ...]:
+    """Tokens up to the end of each answer: the fewest whose text ends no earlier."""
+    texts = [" " + ", ".join(answers[: i + 1]) for i in range(len(answers))]
+    written = [len(tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+    return tuple(next((n for n, size in enumerate(written, 1) if size >= len(text)), len(ids)) for text in texts)
 
 
 def retrieval_accuracy(
@@ -148,9 +163,10 @@ def retrieval_accuracy(
         num_prompts: prompts to answer.
         seed: of facts, stretches and depths; the same seed gives every model the same prompts.
         mode: "generate" decodes with ``model.generate``, prefill and cached steps as in use, and compares text;
-            "teacher_forced" runs one forward pass over prompt and answer and counts a prompt only if every token of the
-            answer is the likeliest. That is faster, equal for a model that writes answers in the expected form, and
-            never exercises the cache.
+            "teacher_forced" runs one forward pass over prompt and answers and counts those answers of which every token
+            is the likeliest, given the answers before. That is faster, equal for a model that writes one answer in the
+            expected form, and never exercises the cache. A verbatim answer counts by its tokens in both, so an early
+            mistake costs more when the model decodes.
         on_progress: called with (prompts done, ``num_prompts``).
 
     Raises:
@@ -173,10 +189,7 @@ def retrieval_accuracy(
     scores = []
     with evaluating(model):
         for done, prompt in enumerate(prompts, 1):
-            if mode == "generate":
-                scores.append(answer_score(generate_answer(model, tokenizer, prompt), prompt.answers))
-            else:
-                scores.append(float(_is_forced_right(model, prompt)))
+            scores.append(_generated(model, tokenizer, prompt) if mode == "generate" else _forced(model, prompt))
             if on_progress is not None:
                 on_progress(done, num_prompts)
     by_depth = _by_depth(prompts, scores) if all(len(prompt.depths) == 1 for prompt in prompts) else ()
@@ -193,21 +206,36 @@ def answer_score(output: str, answers: Sequence[str]) -> float:
 
 def generate_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Text that greedy decoding puts after the prompt, a few tokens longer than the answer expected."""
+    text: str = tokenizer.decode(_generate(model, tokenizer, prompt), skip_special_tokens=True)
+    return text
+
+
+def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     ids = torch.tensor([prompt.ids], device=device_of(model))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     config = GenerationConfig(
         max_new_tokens=len(prompt.answer_ids) + ANSWER_SLACK, do_sample=False, num_beams=1, pad_token_id=pad
     )
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
-    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+    new: list[int] = output[0, ids.shape[1] :].tolist()
+    return new
 
 
-def _is_forced_right(model: nn.Module, prompt: Prompt) -> bool:
+def _generated(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> float:
+    if not prompt.verbatim:
+        return answer_score(generate_answer(model, tokenizer, prompt), prompt.answers)
+    right = zip(_generate(model, tokenizer, prompt), prompt.answer_ids, strict=False)
+    return sum(new == wanted for new, wanted in right) / len(prompt.answer_ids)
+
+
+def _forced(model: nn.Module, prompt: Prompt) -> float:
     ids = torch.tensor([[*prompt.ids, *prompt.answer_ids]], device=device_of(model))
     count = len(prompt.answer_ids)
     logits, _ = forward(model, ids[:, :-1], keep=count)
-    return bool((logits[0].argmax(-1) == ids[0, -count:]).all())
+    right: list[bool] = (logits[0].argmax(-1) == ids[0, -count:]).tolist()
+    if prompt.verbatim:
+        return sum(right) / count
+    return sum(all(right[a:b]) for a, b in pairwise((0, *prompt.answer_ends))) / len(prompt.answers)
 
 
 def _by_depth(prompts: Sequence[Prompt], scores: Sequence[float]) -> tuple[DepthAccuracy, ...]:

@@ -1,4 +1,4 @@
-"""Intervals of confidence for what is measured: seeded bootstrap for means, Wilson for shares."""
+"""Intervals of confidence for what is measured: seeded bootstrap for means, Wilson for shares, Newcombe for changes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -100,3 +100,29 @@ def share_interval(scores: Sequence[float], *, confidence: float = 0.95) -> Esti
     half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
     low, high = (0.0 if share == 0 else center - half), (1.0 if share == 1 else center + half)  # exact at the ends
     return Estimate(share, low, high, num, confidence)
+
+
+def share_change(scores: Sequence[float], baseline: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """Mean of ``scores - baseline``, both in [0, 1] and of the same samples in the same order.
+
+    The interval is that of Newcombe 1998 for paired shares (his method 10 without the continuity correction): Wilson's
+    intervals of both, joined through their correlation. It stays open where all pairs agree, which a bootstrap does
+    not, and errs on the safe side for scores strictly between 0 and 1.
+
+    Raises:
+        InputError: if there are no scores, their numbers differ, or one lies outside [0, 1].
+    """
+    if len(scores) != len(baseline):
+        raise fail("share_change", "baseline", f"have {len(scores)} scores", len(baseline))
+    new, old = share_interval(scores, confidence=confidence), share_interval(baseline, confidence=confidence)
+    spread = np.std(scores) * np.std(baseline)
+    related = float(np.cov(scores, baseline, ddof=0)[0, 1] / spread) if spread > 0 else 0.0
+
+    def joined(one: Estimate, other: Estimate) -> float:
+        """From ``one`` down to its lower end and from ``other`` up to its upper one, as sides of a triangle."""
+        down, up = one.value - (one.low or 0.0), (other.high or 0.0) - other.value
+        return math.sqrt(max(0.0, down * down - 2 * related * down * up + up * up))
+
+    change = new.value - old.value
+    low, high = max(-1.0, change - joined(new, old)), min(1.0, change + joined(old, new))
+    return Estimate(change, low, high, new.num_samples, confidence)

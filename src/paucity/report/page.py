@@ -1,10 +1,9 @@
 """report.html: one self-contained file, no script and nothing loaded from elsewhere."""
 
 import re
-from importlib import resources
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from . import units
 from .compare import MARKS, rows
@@ -15,7 +14,34 @@ from .schema import AttentionLayer, Report
 
 def render(report: Report) -> str:
     """The page as HTML; every string of the report is escaped, and a section without data is left out."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    plain = report.model_dump(mode="json")
+    return (
+        templates("paucity.report")
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            options=[step["options"] for step in plain["steps"]],
+            recipe=plain["recipe"],
+            rows=rows(report),
+            marks=MARKS,
+            pictures=pictures(report),
+            heads=head_pictures(report),
+            attention=[_layer(entry) for entry in report.attention],
+            retrieval=_retrieval(report),
+            sites=[(name, report.dense.density.get(name), value) for name, value in report.sparse.density.items()],
+        )
+    )
+
+
+def templates(*packages: str) -> Environment:
+    """The pages of these packages; the first that has a template of a name gives it. ``base.html.j2`` is here."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, ".") for package in packages]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
         "count": units.count,
         "duration": lambda value: _unbroken(units.duration(value)),
@@ -25,20 +51,7 @@ def render(report: Report) -> str:
         "si": lambda value: _unbroken(units.scaled(value, "")),
         "yaml": _yaml,
     }
-    source = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    plain = report.model_dump(mode="json")
-    return environment.from_string(source).render(
-        report=report,
-        options=[step["options"] for step in plain["steps"]],
-        recipe=plain["recipe"],
-        rows=rows(report),
-        marks=MARKS,
-        pictures=pictures(report),
-        heads=head_pictures(report),
-        attention=[_layer(entry) for entry in report.attention],
-        retrieval=_retrieval(report),
-        sites=[(name, report.dense.density.get(name), value) for name, value in report.sparse.density.items()],
-    )
+    return environment
 
 
 def _layer(entry: AttentionLayer) -> list[str]:

@@ -20,7 +20,7 @@ INK = {
     "sparse": "#050505",
     "heat": "#060606",
     "card": "#070707",
-}
+} | {f"series-{i}": f"#0{i}0a0b" for i in range(8)}
 WIDTH = 4.4
 """Inches of every figure: 317 CSS pixels, what a phone shows, so that text is never scaled below its size."""
 _KEPT = {"clip-path", "d", "height", "href", "id", "style", "transform", "viewBox", "width", "x", "y"}

@@ -1,0 +1,96 @@
+"""A folder of results that appears complete or not at all, and remembers what was done when a job is killed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from .checks import fail
+
+PLAN = "plan.json"
+
+
+@dataclass
+class Folder:
+    """``OUT`` and ``OUT.partial``: results are kept as they come and published whole.
+
+    Attributes:
+        out: what appears when all is done.
+        job: the function in whose name errors speak.
+        partial: where work goes on.
+    """
+
+    out: Path
+    job: str
+    partial: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.partial = self.out.with_name(self.out.name + ".partial")
+
+    def check(self, plan: BaseModel, *, force: bool, resume: bool) -> None:
+        """Refuse what must not be overwritten; nothing is changed.
+
+        Raises:
+            InputError: if ``out`` exists without ``force``, or an unfinished run lies there and neither ``resume``
+                nor ``force`` is set, or it is of another plan.
+        """
+        if self.out.exists() and not force:
+            raise fail(self.job, "out", "not exist (--force replaces it when the run is complete)", self.out)
+        if not self.partial.exists():
+            return
+        if resume:
+            record = self.partial / PLAN
+            if not record.is_file() or record.read_text(encoding="utf-8") != plan.model_dump_json():
+                raise fail(self.job, "resume", "continue a run of the same plan", f"another in {self.partial}")
+        elif not force:
+            constraint = "hold no unfinished run (--resume continues it, --force discards it)"
+            raise fail(self.job, "out", constraint, self.partial)
+
+    def open(self, plan: BaseModel, *, resume: bool) -> None:
+        """Start, or continue what was left with ``resume``."""
+        if self.partial.exists() and not resume:
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_whole(self.partial / PLAN, plan.model_dump_json())
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of ``make()``, computed once and read back after a resume."""
+        if not self.has(name):
+            self.keep(name, make())
+        return json.loads(self._stage(name).read_text(encoding="utf-8"))
+
+    def has(self, name: str) -> bool:
+        """Whether something was kept under ``name``."""
+        return self._stage(name).is_file()
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a JSON value under ``name`` until the folder is published."""
+        path = self._stage(name)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(value))
+
+    def _stage(self, name: str) -> Path:
+        return self.partial / "stages" / f"{name}.json"
+
+    def publish(self) -> None:
+        """Put the finished run in the place of ``out``; an older one goes only when the new one is there."""
+        shutil.rmtree(self.partial / "stages", ignore_errors=True)
+        (self.partial / PLAN).unlink()
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name, then move."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
