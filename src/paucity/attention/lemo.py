@@ -42,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 from ..checks import check_int, fail
 from ..models.segmented import SegmentedLoss
 from ..models.sites import find_sites
-from .apply import _attention_modules
+from .install import attention_modules
 from .lemo_layer import Layer
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def apply(model: nn.Module, how: "LeMo | Fitted") -> "AppliedLeMo":
     """
     fitted = None if isinstance(how, LeMo) else how
     options = how if isinstance(how, LeMo) else how.options
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     if any(hasattr(module, ATTRIBUTE) for module in modules.values()):
         raise fail("apply", "model", "drop no tokens yet", "one that does; remove it first")
     wanted = list(modules) if options.layers is None else sorted(set(options.layers))

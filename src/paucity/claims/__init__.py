@@ -21,6 +21,11 @@ CLAIMS: dict[str, Claim] = {
         "2505.23520",
         "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
     ),
+    "decode-sparser-than-prefill": Claim(
+        "decode_sparser_than_prefill",
+        "2504.17768",
+        "At equal quality, decoding bears a sparser reading of the cache than prefill does of the prompt.",
+    ),
     "dhsa-beats-block-sparse": Claim(
         "dhsa_beats_block_sparse",
         "2510.24606",
@@ -61,6 +66,11 @@ CLAIMS: dict[str, Claim] = {
         "2506.05333",
         "The cost model tells the seconds of decode steps and prefills on a measured machine to within 20 %.",
     ),
+    "lemo-memory": Claim(
+        "lemo_memory",
+        "2501.09767",
+        "Fine-tuning on long texts without the uninformative tokens takes much less memory, at a loss as good.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
@@ -77,15 +87,36 @@ CLAIMS: dict[str, Claim] = {
         "2406.14909",
         "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
     ),
+    "no-single-best": Claim(
+        "no_single_best",
+        "2504.17768",
+        "No sparse attention method is best across tasks and phases.",
+    ),
     "power-receptive-field": Claim(
         "power_receptive_field",
         "2503.03588",
         "What PowerAttention reaches doubles with every layer; a window of equal cost reaches its own length farther.",
     ),
+    "ppd-accepts-more": Claim(
+        "ppd_accepts_more",
+        "2405.18628",
+        "With trained prompt tokens, a dynamic sparse tree accepts more tokens a pass than other trees, losslessly.",
+    ),
     "sharded-union": Claim(
         "sharded_union",
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
+    ),
+    "sharedllm-extends-context": Claim(
+        "sharedllm_extends_context",
+        "2410.19318",
+        "Trained on short contexts, SharedLLM predicts after ones 16 times as long better than without them and than a "
+        "streaming window of equal memory, at less time and memory than full attention.",
+    ),
+    "threads-harder-than-needles": Claim(
+        "threads_harder_than_needles",
+        "2411.05000",
+        "Following a thread through a long text is harder than finding a needle, and harder the longer the thread.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
