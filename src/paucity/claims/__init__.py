@@ -90,7 +90,7 @@ CLAIMS: dict[str, Claim] = {
     "threads-harder-than-needles": Claim(
         "threads_harder_than_needles",
         "2411.05000",
-        "Following a thread through a long text is harder than finding a needle, and harder the longer the thread.",
+        "Following a thread through a long text is harder than finding a needle, and no easier the longer the thread.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
