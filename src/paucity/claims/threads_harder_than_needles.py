@@ -7,7 +7,8 @@ the cached keys, those with the largest attention.
 
 Holds when, dense and sparse, the needle is found more often than any thread's end, and no thread's more often than a
 shorter one's. The embedded model finds needles and follows no thread of two steps or more, so how fast accuracy falls
-with the length cannot be seen on it. Differences: the paper has UUIDs as keys, up to 25 steps, 630k tokens and 17 models.
+with the length cannot be seen on it. Differences: the paper has UUIDs as keys, up to 25 steps
+and 630k tokens, and 17 models.
 """
 
 import random
