@@ -99,7 +99,7 @@ class Study(_Strict):
     model: str = "embedded"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     methods: Annotated[tuple[Line, ...], Field(min_length=1)]
-    tasks: tuple[Task, ...] = ("passkey", "key_value", "multi_value", "variable_tracking", "copying", PERPLEXITY)
+    tasks: tuple[Task, ...] = ("passkey", "key_value", "multi_value", "copying", PERPLEXITY)
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = (0.02, 0.05, 0.1, 0.2, 0.4)
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = PHASES
     lengths: Annotated[tuple[Count, ...], Field(min_length=1)] = (2048, 4096)
