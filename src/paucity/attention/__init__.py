@@ -8,7 +8,7 @@ from .cache import Cached, SparseLayer, Store
 from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
-from .decode import DecodePolicy, OracleTopK, Pages, Read
+from .decode import DecodePolicy, OracleTopK, Pages, Quest, Read, Tidal
 from .dual_chunk import DualChunk
 from .eviction import EvictionPolicy, Knorm
 from .flash import Flash
@@ -72,6 +72,7 @@ __all__ = [
     "Power",
     "PrefillPolicy",
     "Prompt",
+    "Quest",
     "Read",
     "RefinedBudgets",
     "Sharded",
@@ -79,6 +80,7 @@ __all__ = [
     "Spans",
     "SparseLayer",
     "Store",
+    "Tidal",
     "TriShape",
     "VerticalSlash",
     "XAttention",

@@ -2,5 +2,7 @@
 
 from .oracle import OracleTopK
 from .policy import DecodePolicy, Pages, Read
+from .quest import Quest
+from .tidal import Tidal
 
-__all__ = ["DecodePolicy", "OracleTopK", "Pages", "Read"]
+__all__ = ["DecodePolicy", "OracleTopK", "Pages", "Quest", "Read", "Tidal"]
