@@ -42,6 +42,11 @@ class Cached:
         return int(self.lengths.max()) if self.lengths.numel() else 0
 
     @property
+    def even(self) -> bool:
+        """Whether all lists are equally long."""
+        return bool((self.lengths == self.lengths.max()).all()) if self.lengths.numel() else True
+
+    @property
     def intact(self) -> bool:
         """Whether every list holds the whole text of its row."""
         return bool((self.lengths == self.num_text.unsqueeze(-1)).all())

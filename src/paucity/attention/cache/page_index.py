@@ -80,8 +80,9 @@ class PageIndex:
         there = (lengths - skipped).clamp(min=0, max=span)
         keys = store.rectangle(store.keys, starts + skipped, there)
         keys = torch.nn.functional.pad(keys, (0, 0, 0, span - keys.shape[2])) if keys.shape[2] < span else keys
-        counts = (torch.arange(span, device=there.device) < there.unsqueeze(-1)).unflatten(-1, (count, self.page_size))
-        found = self.summarise(keys.unflatten(2, (count, self.page_size)), counts)
+        counts = torch.arange(span, device=there.device) < there.unsqueeze(-1)
+        shape = (*there.shape, count, self.page_size)
+        found = self.summarise(keys.reshape(*shape, keys.shape[-1]), counts.view(shape))
         pages = first.unsqueeze(-1) + torch.arange(count, device=first.device)
         self._grow(found, int(pages.max()) + 1)
         slot = torch.arange(lengths.numel(), device=first.device).view(*lengths.shape, 1)

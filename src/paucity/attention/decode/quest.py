@@ -9,8 +9,8 @@ The two cases of the maximum are told apart by the sign of the query, so that th
 ``relu(q) . max - relu(-q) . min``.
 
 The paper has one KV head for each query head. Here the queries that share a head share its pages, and the option
-``join`` says how. The newest page is read always: it holds the token itself, and while it fills it needs no summary. The
-authors' code reads three pages at least; here the budget holds.
+``join`` says how. The newest page is always read: it holds the token itself, and while it fills it needs no summary.
+The authors' code reads three pages at least; here the budget holds.
 """
 
 from typing import Literal

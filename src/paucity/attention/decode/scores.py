@@ -51,16 +51,18 @@ def top_pages(
         last: pages at the end of each list that are, too.
         window: keys that the newest token sees, itself included; pages before them are not taken.
     """
-    pages = -(-cached.lengths.unsqueeze(-1) // page_size)
     longest = -(-cached.longest // page_size)
-    score = score[..., :longest].float()
+    score = score[..., :longest].float().clone()
     if score.shape[-1] < longest:
         score = torch.nn.functional.pad(score, (0, longest - score.shape[-1]))
-    place = torch.arange(longest, device=score.device)
-    if first or last:
-        score = score.masked_fill((place < first) | (place >= pages - last), torch.inf)
+    score[..., :first] = torch.inf
+    if window is None and cached.even:
+        score[..., longest - min(last, longest) :] = torch.inf
+        return score.topk(min(num_pages, longest), dim=-1).indices.int()
+    place, pages = torch.arange(longest, device=score.device), -(-cached.lengths.unsqueeze(-1) // page_size)
     outside = place >= pages
     if window is not None:
         outside = outside | ((place + 1) * page_size <= cached.lengths.unsqueeze(-1) - window)
-    best = score.masked_fill(outside, -torch.inf).topk(min(num_pages, longest), dim=-1)
+    score = score.masked_fill(place >= pages - last, torch.inf).masked_fill(outside, -torch.inf)
+    best = score.topk(min(num_pages, longest), dim=-1)
     return best.indices.masked_fill(best.values == -torch.inf, -1).int()

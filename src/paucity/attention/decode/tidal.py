@@ -36,7 +36,7 @@ class Tidal(DecodePolicy):
 
     num_keys: int = Field(256, ge=1)
     dense_layers: int = Field(2, ge=0)
-    reselect_layers: list[int] = [9]
+    reselect_layers: list[int] = Field([9])
 
     def select(self, query: Tensor, cached: Cached, prompt: Prompt) -> Pages | None:
         """What an earlier layer chose in this step; everything in a layer that chooses."""
