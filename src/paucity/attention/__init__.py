@@ -8,7 +8,17 @@ from .cache import Cached, SparseLayer, Store
 from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
-from .decode import DecodePolicy, OracleTopK, Pages, Quest, Read, Tidal
+from .decode import (
+    BlockTopKDecode,
+    DecodePolicy,
+    OracleTopK,
+    Pages,
+    Quest,
+    Read,
+    StreamingDecode,
+    Tidal,
+    TopP,
+)
 from .dual_chunk import DualChunk
 from .eviction import EvictionPolicy, Knorm
 from .flash import Flash
@@ -44,6 +54,7 @@ __all__ = [
     "Attended",
     "BlockSparse",
     "BlockTopK",
+    "BlockTopKDecode",
     "Cached",
     "ChunkedHierarchical",
     "Crossover",
@@ -80,7 +91,9 @@ __all__ = [
     "Spans",
     "SparseLayer",
     "Store",
+    "StreamingDecode",
     "Tidal",
+    "TopP",
     "TriShape",
     "VerticalSlash",
     "XAttention",
