@@ -77,6 +77,11 @@ CLAIMS: dict[str, Claim] = {
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
     ),
+    "tidal-close-to-full": Claim(
+        "tidal_close_to_full",
+        "2410.05076",
+        "With a small budget of tokens TidalDecode stays close to full attention, and no further from it than Quest.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
