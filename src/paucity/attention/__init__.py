@@ -8,7 +8,21 @@ from .cache import Cached, SparseLayer, Store
 from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
-from .decode import DecodePolicy, OracleTopK, Pages, Read
+from .decode import (
+    DecodePolicy,
+    DoubleSparsityChannels,
+    HierarchicalDecode,
+    Needle,
+    OracleTopK,
+    PagedSelection,
+    Pages,
+    Read,
+    StreamingHeads,
+    copy_prompts,
+    masked_heads,
+    needle_prompts,
+)
+from .double_sparsity import DoubleSparsity
 from .dual_chunk import DualChunk
 from .eviction import EvictionPolicy, Knorm
 from .flash import Flash
@@ -18,6 +32,7 @@ from .hierarchical import Hierarchical
 from .hyper import Hyper
 from .influence import Influence, influence
 from .longgen import LongGen
+from .lserve import LServe, prefill_split
 from .minference import HeadChoice, MInference
 from .moa import MoA
 from .neighbourhood import Neighbourhood, neighbourhood_attention
@@ -27,6 +42,7 @@ from .portable import from_json, load_policy, save_policy, to_json
 from .power import Power
 from .prompt import Prompt
 from .refine import RefinedBudgets
+from .retrieval_heads import RetrievalHeads, retrieval_scores
 from .sharded import Sharded
 from .sink_window import SinkWindow
 from .spans import Spans
@@ -48,6 +64,8 @@ __all__ = [
     "ChunkedHierarchical",
     "Crossover",
     "DecodePolicy",
+    "DoubleSparsity",
+    "DoubleSparsityChannels",
     "DualChunk",
     "EvictionPolicy",
     "Flash",
@@ -55,16 +73,20 @@ __all__ = [
     "Grid",
     "HeadChoice",
     "Hierarchical",
+    "HierarchicalDecode",
     "Hyper",
     "Influence",
     "Knorm",
+    "LServe",
     "LayerTelemetry",
     "LongGen",
     "MInference",
     "MoA",
+    "Needle",
     "Neighbourhood",
     "Observed",
     "OracleTopK",
+    "PagedSelection",
     "Pages",
     "Part",
     "PerHead",
@@ -74,25 +96,32 @@ __all__ = [
     "Prompt",
     "Read",
     "RefinedBudgets",
+    "RetrievalHeads",
     "Sharded",
     "SinkWindow",
     "Spans",
     "SparseLayer",
     "Store",
+    "StreamingHeads",
     "TriShape",
     "VerticalSlash",
     "XAttention",
     "apply",
     "attend_pattern",
+    "copy_prompts",
     "crossover",
     "from_json",
     "influence",
     "load_policy",
     "look",
+    "masked_heads",
+    "needle_prompts",
     "neighbourhood_attention",
     "observe",
+    "prefill_split",
     "record",
     "remove",
+    "retrieval_scores",
     "save_policy",
     "to_json",
     "watch",

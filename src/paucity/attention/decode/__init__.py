@@ -1,6 +1,25 @@
 """Decode policies: which cached keys a step with one token reads."""
 
+from .double_sparsity_channels import DoubleSparsityChannels
+from .hierarchical_decode import HierarchicalDecode
+from .masked_heads import masked_heads
+from .needles import Needle, copy_prompts, needle_prompts
 from .oracle import OracleTopK
+from .paged_selection import PagedSelection
 from .policy import DecodePolicy, Pages, Read
+from .streaming_heads import StreamingHeads
 
-__all__ = ["DecodePolicy", "OracleTopK", "Pages", "Read"]
+__all__ = [
+    "DecodePolicy",
+    "DoubleSparsityChannels",
+    "HierarchicalDecode",
+    "Needle",
+    "OracleTopK",
+    "PagedSelection",
+    "Pages",
+    "Read",
+    "StreamingHeads",
+    "copy_prompts",
+    "masked_heads",
+    "needle_prompts",
+]
