@@ -127,6 +127,42 @@ def search(
     out.print(f"Policy: {target}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def heads(
+    model: Model = "embedded",
+    text: Text = "held_out_python",
+    longest: Annotated[int, typer.Option(min=128, help="Longest prompt; halved twice.")] = 4096,
+    depths: Annotated[int, typer.Option(min=1, help="Depths of the needle, for each task and length.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of needles and texts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Which heads copy answers out of a long text: their retrieval scores, the highest first."""
+    from .attention import needle_prompts, retrieval_scores
+    from .measure.data import read_text
+    from .models.load import load
+
+    content = read_text(text, role="measure")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        loaded = load(model)
+        tokenizer = loaded.need_tokenizer("attention heads")
+        lengths = sorted({longest >> halving for halving in range(3)})
+        needles = needle_prompts(tokenizer, content, lengths=lengths, num_depths=depths, seed=seed)
+        scores = retrieval_scores(
+            loaded.model, needles, on_progress=lambda done, of: progress(f"{done} of {of} prompts answered")
+        )
+    order = scores.flatten().argsort(descending=True, stable=True).tolist()
+    found = [(*divmod(at, scores.shape[1]), float(scores.flatten()[at])) for at in order]
+    if as_json:
+        return print_json([{"layer": layer, "head": head, "score": score} for layer, head, score in found])
+    table = Table("layer", "head", "retrieval score", box=None, pad_edge=False)
+    for layer, head, score in found:
+        table.add_row(str(layer), str(head), f"{score:.3f}")
+    out.print(table)
+    share = sum(score > 0.1 for *_, score in found) / len(found)
+    out.print(f"{100 * share:.0f} % of the {len(found)} heads score above 0.1.", highlight=False)
+
+
 def _options(name: str) -> Any:
     """The policy or search called ``name``, or in the file of that name."""
     from .attention.portable import options_from, read_mapping
