@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .attention import AppliedAttention, observe
+from .attention import AppliedAttention, AppliedDecode, AppliedEviction, observe
 from .checks import InputError, fail
 from .kernels.dispatch import dense_runs
 from .measure import cost, quality, retrieval
+from .measure.decoding import decoded_bits_per_byte
 from .measure.flops import flops
-from .measure.memory import peak_memory_mb
+from .measure.memory import MEGABYTE, peak_memory_mb
 from .measure.prompts import TASKS
 from .measure.tokens import context_length, encode, leading_ids
 from .models.applied import Combined
@@ -122,6 +123,8 @@ def compare(
         applied.reset()
         with dense_runs() as ran_dense:
             found = _quality(plan, model, tokenizer, text, tell)
+            if any(isinstance(step, AppliedDecode | AppliedEviction) for step in applied.steps):
+                found["figures"] |= _decoded(plan, model, tokenizer, text)
         return found | _densities(applied) | {"dense_runs": ran_dense}
 
     evaluated = {}
@@ -171,15 +174,40 @@ def _quality(
     return {"figures": figures, "num_tokens": found.num_tokens, "num_bytes": found.num_bytes}
 
 
+def _decoded(plan: Plan, model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
+    """Quality of what is read from the cache, token by token, and its memory."""
+    measure = plan.measure
+    limit = context_length(model) or measure.prefill_tokens + measure.decoded_tokens
+    found = decoded_bits_per_byte(
+        model,
+        tokenizer,
+        text,
+        context=min(measure.prefill_tokens, limit - measure.decoded_tokens),
+        num_tokens=measure.decoded_tokens,
+        num_prompts=measure.decoded_prompts,
+        seed=plan.seed,
+    )
+    cache = found.cache_bytes / MEGABYTE
+    return {"decoded_bits_per_byte": found.bits_per_byte.value, "decoded_context": found.context, "cache_mb": cache}
+
+
 def _densities(applied: Combined) -> dict[str, Any]:
     """What the steps counted while the text was evaluated; attention says which prompts it left dense."""
     heads = [step.head_density().tolist() for step in applied.steps if hasattr(step, "head_density")]
     notes = [
         [f"Left dense {count} times while the text was evaluated: {why}." for why, count in dense.items()]
-        for dense in (step.state().get("dense_prompts", {}) for step in applied.steps)
+        for dense in (_left_dense(step.state()) for step in applied.steps)
     ]
     found = heads[-1] if heads and heads[-1] else None
     return {"density": applied.density(), "head_density": found, "notes": notes}
+
+
+def _left_dense(state: dict[str, Any]) -> dict[str, int]:
+    """What a step on attention left as it was, by reason."""
+    found: dict[str, int] = next(
+        (state[key] for key in ("dense_prompts", "dense_steps", "whole_caches") if key in state), {}
+    )
+    return found
 
 
 def _attention(plan: Plan, applied: Combined) -> list[dict[str, Any]]:

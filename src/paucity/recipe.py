@@ -55,13 +55,19 @@ class Retrieval(_Strict):
 
 
 class Measure(_Strict):
-    """What is measured on the dense and on the sparse model. Lengths are in tokens, ``stride`` too."""
+    """What is measured on the dense and on the sparse model. Lengths are in tokens, ``stride`` too.
+
+    Where a step is about the cache, ``decoded_tokens`` are read one by one, too, after each of ``decoded_prompts``
+    prompts of ``prefill_tokens``.
+    """
 
     text: str = "held_out_python"
     length: Annotated[int, Field(ge=2)] = 4096
     stride: Count = 2048
     max_tokens: Count = 65536
     retrieval: Retrieval = Retrieval()
+    decoded_tokens: Count = 32
+    decoded_prompts: Count = 8
     prefill_tokens: Annotated[int, Field(ge=2)] = 4096
     decode_tokens: Count = 32
     repeats: Count = 5

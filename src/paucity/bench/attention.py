@@ -1,4 +1,4 @@
-"""The attention kernels alone, with the pattern given: prefill and training here, decoding in `decode`."""
+"""The attention kernels alone, with the pattern given: prefill and training here, decoding in `pages`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from ..kernels.attention import Pattern, sparse_attention
 from ..measure.cost import time_interleaved
 from ..ops.formats.block import BlockMask
 from ..ops.formats.stripes import KeyLists, Window
-from . import BenchRow, decode
+from . import BenchRow, pages
 from .machine import least_seconds
 
 SHAPE = {"batch": 1, "heads": 8, "tokens": 8192, "dim": 64}
@@ -22,7 +22,7 @@ SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 def run() -> list[BenchRow]:
     """Forward in both dtypes, forward and backward, the same mask in FlexAttention, and decoding."""
     rows = [row for dtype in SHORT for row in _forward(dtype)]
-    return [*rows, *_train(), *decode.run()]
+    return [*rows, *_train(), *pages.run()]
 
 
 def patterns(heads: int, tokens: int) -> dict[str, Pattern]:

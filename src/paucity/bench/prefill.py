@@ -96,8 +96,7 @@ def run() -> list[BenchRow]:
         rows.append(_row(f"prefill.{length // 1024}k", "embedded model", length, part, best))
         if length == LONG[0]:
             rows += [_share(part, best, length), end_to_end(loaded.model, ids[:, :length], best, "embedded model")]
-            chosen = best
-    return rows + _random_llama(ids, chosen)
+    return rows + _random_llama(ids, finalists)
 
 
 @torch.no_grad()
@@ -200,16 +199,20 @@ def _share(part: Part, name: str, length: int) -> BenchRow:
     )
 
 
-def _random_llama(ids: Tensor, name: str) -> list[BenchRow]:
-    """The best policy in one layer of a larger model at each length, and in all of it at 8,192 tokens."""
+def _random_llama(ids: Tensor, names: Sequence[str]) -> list[BenchRow]:
+    """The best of these policies in one layer of a larger model at each length, and in all of it at 8,192 tokens."""
     model, rows = _llama(RANDOM_LLAMA), []
     size = f"random Llama, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
     layer = _llama(RANDOM_LLAMA | {"num_hidden_layers": 1})
+    policies = {name: POLICIES[name] for name in names}
     for length in RANDOM:
-        part = attention_part(record(layer, ids[:, :length]), {name: POLICIES[name]}, repeats=1 + (length <= LONG[0]))
-        rows.append(_row(f"prefill.llama100m.{length}", f"{size}, one layer", length, part, name))
-    row = end_to_end(model, ids[:, : RANDOM[1]], name, size, repeats=1)
-    return [*rows, replace(row, bench=row.bench.replace("prefill.", "prefill.llama100m."))]
+        part = attention_part(record(layer, ids[:, :length]), policies, repeats=1 + (length <= LONG[0]))
+        best = best_of(part)
+        rows.append(_row(f"prefill.llama100m.{length}", f"{size}, one layer", length, part, best))
+        if length == RANDOM[1]:
+            whole = end_to_end(model, ids[:, :length], best, size, repeats=1)
+            rows.append(replace(whole, bench=whole.bench.replace("prefill.", "prefill.llama100m.")))
+    return rows
 
 
 def _llama(sizes: dict[str, int]) -> nn.Module:

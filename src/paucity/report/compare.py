@@ -40,10 +40,13 @@ def rows(report: Report) -> list[Row]:
 def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:
     tokens = sparse.prefill_tokens or dense.prefill_tokens
     size = f", {units.count(tokens)} tokens" if tokens else ""
+    context = sparse.decoded_context or dense.decoded_context
+    after = f", decoded after {units.count(context)} tokens" if context else ""
     longest = sparse.at_largest("passkey") or dense.at_largest("passkey")
     passkey = f", {units.count(longest.length)} tokens" if longest else ""
     quality = (
         _Quantity("Bits per byte", "bits_per_byte", units.fixed),
+        _Quantity(f"Bits per byte{after}", "decoded_bits_per_byte", units.fixed),
         _Quantity("Perplexity per token", "perplexity", lambda value: units.significant(value, 4)),
         _Quantity(f"Passkey{passkey}", "passkey_accuracy", units.percent, more_is_better=True, points=True),
     )
@@ -51,6 +54,7 @@ def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:
         _Quantity(f"Prefill{size}", "prefill_ms", units.ms),
         _Quantity("Decoding, per token", "decode_ms_per_token", units.ms),
         _Quantity("Peak memory", "peak_memory_mb", units.megabytes),
+        _Quantity(f"Cache{after.replace('decoded after', 'after')}", "cache_mb", units.megabytes),
         _Quantity(f"Work of a prefill{size}", "flops", units.flop),
     )
     for quantity in quality:
@@ -92,7 +96,7 @@ def _row(quantity: _Quantity, dense: Measurement, sparse: Measurement) -> Iterat
         base, ours = dense.at_largest("passkey"), sparse.at_largest("passkey")
         noise = bool(base and ours and overlap(base.low, base.high, ours.low, ours.high))
     else:  # bits per byte are never noise: over the same windows, the change is far surer than either figure
-        noise = quantity.name != "bits_per_byte" and indistinct(dense, sparse, quantity.name)
+        noise = not quantity.name.endswith("bits_per_byte") and indistinct(dense, sparse, quantity.name)
     yield _judged(quantity, was, now, noise)
 
 

@@ -96,6 +96,11 @@ class Measurement(_Part):
     bits_per_byte_low: float | None = None
     bits_per_byte_high: float | None = None
     perplexity: float | None = None
+    decoded_bits_per_byte: float | None = None
+    """Of tokens read one by one after prompts of ``decoded_context`` tokens: what the cache gives."""
+    decoded_context: int | None = None
+    cache_mb: float | None = None
+    """Memory of the cache after these."""
     passkey_accuracy: float | None = None
     """At the largest length of the retrieval task ``passkey``; in [0, 1]."""
     retrieval: list[Retrieval] = []
@@ -241,19 +246,20 @@ def indistinct(dense: Measurement, sparse: Measurement, name: str) -> bool:
 
 def verdict(dense: Measurement, sparse: Measurement) -> list[str]:
     """What the figures say, one plain sentence each; nothing is said of what was not measured."""
-    return [s for s in (_quality(dense, sparse), *_speed(dense, sparse), _passkey(dense, sparse)) if s]
+    kept = (_quality(dense, sparse, "bits_per_byte", ""), _quality(dense, sparse, "decoded_bits_per_byte", ", decoded"))
+    return [s for s in (*kept, *_speed(dense, sparse), _passkey(dense, sparse)) if s]
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
     return None if value is None or base is None or base <= 0 else value / base
 
 
-def _quality(dense: Measurement, sparse: Measurement) -> str:
-    ratio = _ratio(sparse.bits_per_byte, dense.bits_per_byte)
+def _quality(dense: Measurement, sparse: Measurement, name: str, what: str) -> str:
+    ratio = _ratio(getattr(sparse, name), getattr(dense, name))
     if ratio is None:
         return ""
-    kept = "keeps" if ratio <= 1 + QUALITY_LIMIT else "does not keep"
-    return f"Sparse {kept} bits per byte within {units.percent(QUALITY_LIMIT)} of dense ({units.change(ratio - 1)})."
+    kept, limit = "keeps" if ratio <= 1 + QUALITY_LIMIT else "does not keep", units.percent(QUALITY_LIMIT)
+    return f"Sparse {kept} bits per byte{what} within {limit} of dense ({units.change(ratio - 1)})."
 
 
 def _speed(dense: Measurement, sparse: Measurement) -> list[str]:

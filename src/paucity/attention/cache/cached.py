@@ -41,6 +41,16 @@ class Cached:
         """Entries of the longest list."""
         return int(self.lengths.max()) if self.lengths.numel() else 0
 
+    @property
+    def even(self) -> bool:
+        """Whether all lists are equally long."""
+        return bool((self.lengths == self.lengths.max()).all()) if self.lengths.numel() else True
+
+    @property
+    def intact(self) -> bool:
+        """Whether every list holds the whole text of its row."""
+        return bool((self.lengths == self.num_text.unsqueeze(-1)).all())
+
     def keys(self) -> Tensor:
         """``[B, H_kv, longest, D]``; what lies beyond a list is anything finite. A copy only where lists differ."""
         return self.store.rectangle(self.store.keys, self.starts, self.lengths)
@@ -70,8 +80,8 @@ class Cached:
         """``[B, H_kv, longest]`` bool: which entries of the rectangle belong to their list."""
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths.unsqueeze(-1)
 
-    def index(self, name: str, page_size: int, summarise: Summarise) -> tuple[Tensor, ...]:
-        """Summaries of the pages of the lists, ``[B, H_kv, P, ...]``, ``P * page_size`` at least the longest list.
+    def index(self, name: str, page_size: int, summarise: Summarise, *, partial: bool = True) -> tuple[Tensor, ...]:
+        """Summaries of the pages of the lists, ``[B, H_kv, P, ...]``; what stands beyond a list's own is anything.
 
         They are made once and extended token by token.
 
@@ -79,10 +89,11 @@ class Cached:
             name: of the index; one name, one kind of summary.
             page_size: keys of a page.
             summarise: see `page_index.Summarise`.
+            partial: whether a page that is not full has a summary, which is then made anew with every token. Without
+                it, ``P`` may be less than what the longest list begins.
         """
-        if name not in self._indexes:
-            self._indexes[name] = PageIndex(page_size, summarise)
-        return self._indexes[name].extend(self.store, self.starts, self.lengths)
+        index = self._indexes.setdefault(f"{name}/{page_size}/{partial}", PageIndex(page_size, summarise, partial))
+        return index.extend(self.store, self.starts, self.lengths, self.num_seen)
 
     def attend(self, query: Tensor, prompt: Prompt, pages: Tensor | None = None, page_size: int = 1) -> Tensor:
         """Attention ``[B, H, Tq, Dv]`` of the newest tokens over the listed pages of each list; None is everything.

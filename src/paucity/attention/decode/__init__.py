@@ -7,7 +7,9 @@ from .needles import Needle, copy_prompts, needle_prompts
 from .oracle import OracleTopK
 from .paged_selection import PagedSelection
 from .policy import DecodePolicy, Pages, Read
+from .quest import Quest
 from .streaming_heads import StreamingHeads
+from .tidal import Tidal
 
 __all__ = [
     "DecodePolicy",
@@ -17,8 +19,10 @@ __all__ = [
     "OracleTopK",
     "PagedSelection",
     "Pages",
+    "Quest",
     "Read",
     "StreamingHeads",
+    "Tidal",
     "copy_prompts",
     "masked_heads",
     "needle_prompts",

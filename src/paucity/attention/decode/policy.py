@@ -42,12 +42,14 @@ class DecodePolicy(BaseModel, ABC):
 
     Attributes:
         min_length: lists with fewer entries are read whole.
+        dense_layers: layers at the start of the model that read everything.
         layers: which layers the policy rules; None is all, the others read everything.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     min_length: int = Field(1024, ge=0)
+    dense_layers: int = Field(0, ge=0)
     layers: list[int] | None = None
 
     @abstractmethod
@@ -64,7 +66,7 @@ class DecodePolicy(BaseModel, ABC):
         """Attention of the newest token over what `select` chooses; shapes as there."""
         started = time.perf_counter()
         with torch.no_grad():
-            pages = self.select(query.detach(), cached, prompt)
+            pages = None if prompt.layer < self.dense_layers else self.select(query.detach(), cached, prompt)
         seconds = time.perf_counter() - started
         short = cached.lengths < self.min_length
         if pages is None:

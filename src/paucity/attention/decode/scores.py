@@ -29,17 +29,40 @@ def seen(cached: Cached, prompt: Prompt) -> Tensor:
     return inside if prompt.window is None else inside & (place >= ends - prompt.window)
 
 
-def top_pages(score: Tensor, cached: Cached, num_pages: int, *, page_size: int = 1) -> Tensor:
+def top_pages(
+    score: Tensor,
+    cached: Cached,
+    num_pages: int,
+    *,
+    page_size: int = 1,
+    first: int = 0,
+    last: int = 0,
+    window: int | None = None,
+) -> Tensor:
     """The pages of each list with the highest scores, ``[B, H_kv, n]`` int32, -1 where a list has fewer.
 
     Args:
-        score: ``[B, H_kv, P]`` of pages of ``page_size`` keys; those beyond a list are not looked at.
+        score: ``[B, H_kv, P]`` of pages of ``page_size`` keys; those beyond a list are not looked at, and where pages
+            at the end have no score yet they must be among the ``last``.
         cached: the lists.
         num_pages: pages to take.
         page_size: keys of a page.
+        first: pages at the start of each list that are among them whatever their score.
+        last: pages at the end of each list that are, too.
+        window: keys that the newest token sees, itself included; pages before them are not taken.
     """
-    pages = -(-cached.lengths.unsqueeze(-1) // page_size)
-    place = torch.arange(score.shape[-1], device=score.device)
-    score = score.masked_fill(place >= pages, -torch.inf)
-    best = score.topk(min(num_pages, score.shape[-1]), dim=-1).indices
-    return best.masked_fill(best >= pages, -1).int()
+    longest = -(-cached.longest // page_size)
+    score = score[..., :longest].float().clone()
+    if score.shape[-1] < longest:
+        score = torch.nn.functional.pad(score, (0, longest - score.shape[-1]))
+    score[..., :first] = torch.inf
+    if window is None and cached.even:
+        score[..., longest - min(last, longest) :] = torch.inf
+        return score.topk(min(num_pages, longest), dim=-1).indices.int()
+    place, pages = torch.arange(longest, device=score.device), -(-cached.lengths.unsqueeze(-1) // page_size)
+    outside = place >= pages
+    if window is not None:
+        outside = outside | ((place + 1) * page_size <= cached.lengths.unsqueeze(-1) - window)
+    score = score.masked_fill(place >= pages - last, torch.inf).masked_fill(outside, -torch.inf)
+    best = score.topk(min(num_pages, longest), dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, -1).int()
