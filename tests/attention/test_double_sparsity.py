@@ -19,7 +19,9 @@ CHANNELS = [[[1, 6, 2], [7, 0, 4]]]
 
 
 def policy(**options):
-    return DoubleSparsityChannels(**{"channels": CHANNELS, "num_keys": 5, "min_length": 0, "group_size": 4} | options)
+    return DoubleSparsityChannels(
+        **{"channels": CHANNELS, "num_keys": 5, "min_length": 0, "dense_layers": 0, "group_size": 4} | options
+    )
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -42,7 +44,7 @@ def test_every_calibration_text_counts():
     for layer in (0, 1):
         torch.testing.assert_close(whole[layer], apart[0][layer] + apart[1][layer])
     found = DoubleSparsity(num_channels=3, dense_layers=1, num_keys=9).fit(model, texts)
-    assert (found.layers, found.num_keys) == ([1], 9)
+    assert (found.dense_layers, found.num_keys) == (1, 9)
     for layer in (0, 1):
         assert found.channels[layer] == whole[layer].argsort(dim=-1, descending=True)[:, :3].tolist()
 
@@ -142,8 +144,6 @@ def test_bad_input(tmp_path):
     model = model_of("llama")
     with pytest.raises(InputError, match="calibration must hold at least one text, got none"):
         DoubleSparsity().fit(model, [])
-    with pytest.raises(InputError, match="dense_layers must be below 2 layers, got 2"):
-        DoubleSparsity().fit(model, [tokens(9)])
     with pytest.raises(InputError, match="num_channels must be at most 8, got 9"):
         DoubleSparsity(num_channels=9, dense_layers=0).fit(model, [tokens(9)])
     with pytest.raises(InputError, match="channels must have 2 layers, got 1"):

@@ -30,7 +30,6 @@ class DoubleSparsity(PolicySearch):
     Attributes:
         channel_share: channels that are taken, of those of a head; the paper has 1/4 to 1/16.
         num_channels: how many, instead.
-        dense_layers: first layers that read everything.
     """
 
     channel_share: float = Field(0.125, gt=0, le=1)
@@ -51,21 +50,20 @@ class DoubleSparsity(PolicySearch):
             calibration: token ids ``[B, T]``, one batch after another.
 
         Raises:
-            InputError: if there is no text, all layers are to be dense, or a head has not so many channels.
+            InputError: if there is no text, or a head has not so many channels.
         """
         scores = channel_scores(model, calibration)
         first = next(iter(scores.values()))
-        ruled = [layer for layer in scores if layer >= self.dense_layers]
-        if not ruled:
-            raise fail("double_sparsity", "dense_layers", f"be below {max(scores) + 1} layers", self.dense_layers)
         wanted = self.num_channels or max(1, round(self.channel_share * first.shape[-1]))
         if wanted > first.shape[-1]:
             raise fail("double_sparsity", "num_channels", f"be at most {first.shape[-1]}", wanted)
         absent = torch.zeros_like(first)  # a layer without attention has channels that nobody asks for
-        options = {name: getattr(self, name) for name in ("num_keys", "density", "bits", "group_size", "offload")}
+        options = {
+            name: getattr(self, name)
+            for name in ("dense_layers", "num_keys", "density", "bits", "group_size", "offload")
+        }
         return DoubleSparsityChannels(
             channels=[topk_indices(scores.get(layer, absent), wanted).tolist() for layer in range(max(scores) + 1)],
-            layers=ruled,
             min_length=self.min_length,
             **options,
         )

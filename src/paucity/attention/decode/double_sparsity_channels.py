@@ -46,6 +46,7 @@ class DoubleSparsityChannels(DecodePolicy):
     """
 
     channels: list[list[list[int]]] = Field(min_length=1)
+    dense_layers: int = Field(2, ge=0)
     num_keys: int = Field(256, ge=1)
     density: float | None = Field(None, gt=0, le=1)
     bits: Literal[4, 16] = 4
@@ -89,9 +90,9 @@ class DoubleSparsityChannels(DecodePolicy):
         logits = logits.masked_fill(~seen(cached, prompt).unsqueeze(2), -torch.inf)
         score = logits.softmax(-1).mean(2) if rows.shape[2] > 1 else logits[:, :, 0]
         if self.density is None:
-            return Pages(top_pages(score, cached, self.num_keys), 1)
+            return Pages(top_pages(score, cached, self.num_keys, window=prompt.window), 1)
         wanted = (cached.lengths * self.density).round().long().clamp(min=1).unsqueeze(-1)
-        best = top_pages(score, cached, int(wanted.max()))
+        best = top_pages(score, cached, int(wanted.max()), window=prompt.window)
         return Pages(best.where(torch.arange(best.shape[-1], device=best.device) < wanted, -1), 1)
 
     def _labels(self, cached: Cached, channels: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Paper: Yang et al. 2025 (LServe), https://arxiv.org/abs/2502.14866, Sec. 3.4-3.6
 
 A physical page of ``page_size`` keys has ``num_chunks`` logical ones, each with the least and the greatest value of
 every channel over its keys. A query bounds its products with a logical page by ``sum_d max(q_d kmin_d, q_d kmax_d)``
-(Quest); a page scores the highest bound of its logical pages. Each KV head reads the ``num_keys / page_size - 1`` best
-pages and the last one, and keeps that choice for ``reselect_every`` tokens; pages begun since are read too.
+(`paucity.attention.decode.quest`); a page scores the highest bound of its logical pages. Each KV head reads the last
+page and the ``num_keys / page_size - 1`` best of the others, and keeps that choice for ``reselect_every`` tokens; pages
+begun since are read too.
 
 Which KV heads stream (read sinks and a window alone) is given, or found by `paucity.attention.lserve`. Queries that
 share a KV head choose together, by the highest bound among them: the paper does not say how. Not here: the quantised
@@ -22,7 +23,9 @@ from ...checks import fail
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import DecodePolicy, Pages
+from .quest import bound_scores, extremes
 from .refresh import refreshed
+from .scores import top_pages
 from .streaming_heads import by_head, check_streaming, stream_pages
 
 
@@ -65,8 +68,8 @@ class PagedSelection(DecodePolicy):
         streaming = self.streaming[prompt.layer] if self.streaming else []
         last = ((cached.lengths - 1) // self.page_size).unsqueeze(-1)
         choice = refreshed(self, cached, self.reselect_every, lambda: self._best(query, cached, prompt))
-        begun = torch.arange(1 + -(-(self.reselect_every - 1) // self.page_size), device=query.device)
-        begun = begun + ((choice.lengths - 1) // self.page_size).unsqueeze(-1)
+        begun = torch.arange(-(-(self.reselect_every - 1) // self.page_size), device=query.device)
+        begun = begun + ((choice.lengths - 1) // self.page_size + 1).unsqueeze(-1)
         numbers = torch.cat([choice.numbers, begun.where(begun <= last, -1)], dim=-1)
         if streaming:
             near = stream_pages(cached.lengths, self.num_sinks, self.window_size, self.page_size)
@@ -74,36 +77,14 @@ class PagedSelection(DecodePolicy):
         return Pages(numbers, self.page_size)
 
     def _best(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
-        """The best pages of each list before its last one."""
-        size, pages = self.page_size, -(-cached.longest // self.page_size)
-        name = f"chunk bounds {size} {self.num_chunks}"
-        bounds = cached.index(name, size, self._bounds)[0][:, :, :pages]
-        score = page_scores(query, bounds)
-        page, ends = torch.arange(pages, device=query.device), cached.lengths.unsqueeze(-1)
-        free = page < (ends - 1) // size
-        if prompt.window is not None:
-            free = free & ((page + 1) * size > ends - prompt.window)
-        best = score.masked_fill(~free, -torch.inf).topk(min(self.num_keys // size - 1, pages), dim=-1).indices
-        return best.masked_fill(~free.gather(-1, best), -1)
+        """The last page of each list and the best of the others."""
 
-    def _bounds(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-        """``[B, H_kv, n, num_chunks, 2 D]``: greatest and least values of each part of a page."""
-        parts = keys.view(*keys.shape[:3], self.num_chunks, -1, keys.shape[-1])
-        absent = ~counts.view(*parts.shape[:-1], 1)
-        high = parts.masked_fill(absent, -torch.inf).amax(-2)
-        low = parts.masked_fill(absent, torch.inf).amin(-2)
-        return (torch.cat([high, low], dim=-1).nan_to_num(0.0, 0.0, 0.0),)
+        def summarise(keys: Tensor, counts: Tensor) -> tuple[Tensor]:
+            parts = (*keys.shape[:2], keys.shape[2] * self.num_chunks, -1)
+            (bounds,) = extremes(keys.view(*parts, keys.shape[-1]), counts.view(parts))
+            return (bounds.view(*keys.shape[:3], self.num_chunks, -1),)
 
-
-def page_scores(query: Tensor, bounds: Tensor) -> Tensor:
-    """The highest bound of a product with a key of each page, ``[B, H_kv, P]``, over parts and queries of a KV head.
-
-    Args:
-        query: ``[B, H, 1, D]``.
-        bounds: ``[B, H_kv, P, parts, 2 D]``, greatest values and least.
-    """
-    batch, kv_heads, pages = bounds.shape[:3]
-    rows = query.view(batch, kv_heads, -1, query.shape[-1])
-    signed = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
-    products = bounds.flatten(2, 3) @ signed.mT
-    return products.view(batch, kv_heads, pages, -1).amax(-1)
+        size = self.page_size
+        (bounds,) = cached.index(f"lserve {self.num_chunks}", size, summarise, partial=False)
+        score = bound_scores(query, bounds.flatten(2, 3), "max").view(bounds.shape[:4]).amax(-1)
+        return top_pages(score, cached, self.num_keys // size, page_size=size, last=1, window=prompt.window)
