@@ -148,8 +148,8 @@ def test_bad_input(tmp_path):
         DoubleSparsity(num_channels=9, dense_layers=0).fit(model, [tokens(9)])
     with pytest.raises(InputError, match="channels must have 2 layers, got 1"):
         apply(model, policy())
-    with pytest.raises(InputError, match="channels must have 2 KV heads in every layer, got 1"):
-        apply(model, policy(channels=[[[0]], [[0]]]))
+    with pytest.raises(InputError, match="channels must have 2 KV heads in every layer, got 3"):
+        apply(model, policy(channels=[[[0]] * 3, [[0]]]))
     with pytest.raises(InputError, match=r"offload must be a folder, got .*absent"):
         apply(model, policy(channels=CHANNELS * 2, offload=str(tmp_path / "absent")))
     layer, first = random_layer([9])

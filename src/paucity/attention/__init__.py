@@ -9,6 +9,7 @@ from .chunked_hierarchical import ChunkedHierarchical
 from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
 from .decode import (
+    BlockTopKDecode,
     DecodePolicy,
     DoubleSparsityChannels,
     HierarchicalDecode,
@@ -18,8 +19,10 @@ from .decode import (
     Pages,
     Quest,
     Read,
+    StreamingDecode,
     StreamingHeads,
     Tidal,
+    TopP,
     copy_prompts,
     masked_heads,
     needle_prompts,
@@ -62,6 +65,7 @@ __all__ = [
     "Attended",
     "BlockSparse",
     "BlockTopK",
+    "BlockTopKDecode",
     "Cached",
     "ChunkedHierarchical",
     "Crossover",
@@ -105,8 +109,10 @@ __all__ = [
     "Spans",
     "SparseLayer",
     "Store",
+    "StreamingDecode",
     "StreamingHeads",
     "Tidal",
+    "TopP",
     "TriShape",
     "VerticalSlash",
     "XAttention",

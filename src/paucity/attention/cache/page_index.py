@@ -30,7 +30,7 @@ class PageIndex:
         self._offset: Tensor | None = None
         self._done: Tensor | None = None
         self._seen = 0
-        self._idle = 0  # tokens that every list can grow by, from `_seen` on, before a summary is missing
+        self._idle: int | None = None  # tokens that may come after `_seen` before a summary is missing
 
     def extend(self, store: Store, starts: Tensor, lengths: Tensor, num_seen: int) -> tuple[Tensor, ...]:
         """The summaries, brought up to the lists at ``starts`` with ``lengths``, ``[B, H_kv]`` each.
@@ -44,8 +44,8 @@ class PageIndex:
         """
         offset = starts - store.starts
         if self._done is None or self._offset is None or not torch.equal(offset, self._offset):
-            self._done, self._offset, self._idle, self.summaries = torch.zeros_like(lengths), offset, -1, ()
-        if num_seen - self._seen <= self._idle:
+            self._done, self._offset, self._idle, self.summaries = torch.zeros_like(lengths), offset, None, ()
+        if self._idle is not None and num_seen - self._seen <= self._idle:
             return self.summaries
         first = self._done // self.page_size  # the last page was not full, or ends exactly there
         whole = lengths // self.page_size
@@ -66,7 +66,7 @@ class PageIndex:
     def crop(self, starts: Tensor, lengths: Tensor) -> None:
         """Forget what lies beyond lists that have become shorter."""
         if self._done is not None and self._offset is not None:
-            self._done, self._idle = torch.minimum(self._done, (lengths - self._offset).clamp(min=0)), -1
+            self._done, self._idle = torch.minimum(self._done, (lengths - self._offset).clamp(min=0)), None
 
     def select_rows(self, rows: Tensor) -> None:
         """Rows of the batch by index."""

@@ -37,7 +37,7 @@ class DoubleSparsityChannels(DecodePolicy):
 
     Attributes:
         channels: for each layer of the model and each KV head the channels of its keys that labels hold; the same
-            number for all heads of a layer.
+            number for all heads of a layer. One list stands for all of them.
         num_keys: keys that each KV head reads.
         density: share of the list that it reads, instead of ``num_keys``.
         bits: of a label; 16 stores them as they are, which is faster to read on a CPU.
@@ -68,7 +68,7 @@ class DoubleSparsityChannels(DecodePolicy):
         if len(self.channels) != max(layers) + 1:
             raise fail(_NAME, "channels", f"have {max(layers) + 1} layers", len(self.channels))
         for rows in self.channels:
-            if len(rows) != num_kv_heads:
+            if len(rows) not in (1, num_kv_heads):
                 raise fail(_NAME, "channels", f"have {num_kv_heads} KV heads in every layer", len(rows))
         if self.offload is not None and not os.path.isdir(self.offload):
             raise fail(_NAME, "offload", "be a folder", self.offload)
@@ -81,7 +81,8 @@ class DoubleSparsityChannels(DecodePolicy):
 
     def select(self, query: Tensor, cached: Cached, prompt: Prompt) -> Pages:
         """The keys with the best scores by their labels."""
-        rows = query.view(len(query), cached.lengths.shape[1], -1, query.shape[-1])
+        heads = cached.lengths.shape[1]
+        rows = query.view(len(query), heads, query.shape[1] // heads, query.shape[-1])
         channels = torch.tensor(self.channels[prompt.layer], device=query.device)
         if int(channels.max()) >= query.shape[-1]:
             raise fail(_NAME, "channels", f"be below {query.shape[-1]}", int(channels.max()))
@@ -141,4 +142,4 @@ def dequantise(stored: tuple[Tensor, ...], num_channels: int) -> Tensor:
 
 def _take(x: Tensor, channels: Tensor) -> Tensor:
     """The channels of each KV head, ``[B, H_kv, n, C]``, of ``[B, H_kv, n, D]``."""
-    return x.gather(-1, channels.unsqueeze(1).expand(len(x), -1, x.shape[2], -1))
+    return x.gather(-1, channels.unsqueeze(1).expand(*x.shape[:3], -1))

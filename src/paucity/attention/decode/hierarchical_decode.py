@@ -59,7 +59,7 @@ class HierarchicalDecode(DecodePolicy):
     def _search(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """The keys before the window that are read, ``[B, H_kv, n]``."""
         starts, lengths = cached.starts.flatten(), cached.lengths.flatten()
-        rows = query.reshape(len(lengths), -1, query.shape[-1])
+        rows = query.reshape(len(lengths), query.shape[1] // cached.lengths.shape[1], query.shape[-1])
         parts = []
         for length in sorted(set(lengths.tolist())):
             where = (lengths == length).nonzero().flatten()

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import DecodePolicy, Pages
-from .scores import top_pages
+from .scores import grouped, top_pages
 
 
 class Quest(DecodePolicy):
@@ -74,7 +74,7 @@ def bound_scores(query: Tensor, bounds: Tensor, join: Literal["max", "mean"]) ->
         bounds: ``[B, H_kv, P, 2 * D]`` of `extremes`.
         join: see `Quest`.
     """
-    rows = query.reshape(len(query), bounds.shape[1], -1, query.shape[-1])
+    rows = grouped(query, bounds.shape[1])
     signed = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
     if join == "mean":
         return (signed.mean(2, keepdim=True) @ bounds.mT).squeeze(2)

@@ -40,7 +40,7 @@ def refreshed(policy: DecodePolicy, cached: Cached, every: int, choose: Callable
         due, chosen_at = torch.ones_like(now, dtype=torch.bool), now
     else:
         due = (chosen_at < 0) | (now - chosen_at >= every)
-    if bool(due.any()):
+    if owner != policy or bool(due.any()):
         numbers, lengths = choose(), cached.lengths
         if owner == policy:
             numbers, before = same_width(numbers, old.numbers)

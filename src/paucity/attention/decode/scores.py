@@ -17,9 +17,13 @@ def exact_weights(query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         prompt: scale, softcap and window.
     """
     keys = cached.keys()
-    rows = query.view(len(query), keys.shape[1], -1, query.shape[-1])
-    logits = soft_capped((rows @ keys.mT).float() * prompt.scale, prompt.softcap)
+    logits = soft_capped((grouped(query, keys.shape[1]) @ keys.mT).float() * prompt.scale, prompt.softcap)
     return logits.masked_fill(~seen(cached, prompt).unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """The queries ``[B, H, 1, D]`` of a step by the KV head that they share, ``[B, H_kv, G, D]``."""
+    return query.reshape(len(query), kv_heads, query.shape[1] // kv_heads, query.shape[-1])
 
 
 def seen(cached: Cached, prompt: Prompt) -> Tensor:

@@ -39,7 +39,9 @@ class Tidal(DecodePolicy):
     reselect_layers: list[int] = Field([9])
 
     def select(self, query: Tensor, cached: Cached, prompt: Prompt) -> Pages | None:
-        """What an earlier layer chose in this step; everything in a layer that chooses."""
+        """What an earlier layer chose in this step; everything in a layer that chooses or is within the budget."""
+        if cached.longest <= self.num_keys:
+            return None
         step, chosen = cached.shared.get(_NAME, (None, None))
         if step != cached.num_seen or len(chosen) != len(query) or chosen.shape[1] != cached.lengths.shape[1]:
             chosen = None

@@ -131,7 +131,9 @@ def _check(
 
 def _by_head(numbers: Tensor | None, shape: torch.Size) -> Tensor | None:
     """``[B, Hkv]`` int64."""
-    return None if numbers is None else numbers.long().view(shape[0], -1).expand(shape)
+    if numbers is None:
+        return None
+    return (numbers.long() if numbers.ndim == 2 else numbers.long().unsqueeze(1)).expand(shape)
 
 
 def _check_integers(argument: str, tensor: Tensor) -> None:
