@@ -26,6 +26,11 @@ CLAIMS: dict[str, Claim] = {
         "2510.24606",
         "At equal density, DHSA keeps a language model and its retrieval better than block-sparse attention does.",
     ),
+    "double-sparsity-1-16": Claim(
+        "double_sparsity_1_16",
+        "2408.07092",
+        "A sixteenth of the channels of each head finds a sixteenth of the tokens that keeps a model's quality.",
+    ),
     "dual-chunk-extrapolates": Claim(
         "dual_chunk_extrapolates",
         "2402.17463",
@@ -56,6 +61,11 @@ CLAIMS: dict[str, Claim] = {
         "2410.01485",
         "With the middle third of the layers full, a model keeps more than with sparse layers alone at equal cost.",
     ),
+    "lserve-constant-pages": Claim(
+        "lserve_constant_pages",
+        "2502.14866",
+        "A constant number of pages keeps retrieval accuracy while the context grows.",
+    ),
     "minference-crossover": Claim(
         "minference_crossover",
         "2407.02490",
@@ -71,6 +81,16 @@ CLAIMS: dict[str, Claim] = {
         "power_receptive_field",
         "2503.03588",
         "What PowerAttention reaches doubles with every layer; a window of equal cost reaches its own length farther.",
+    ),
+    "retrieval-heads-causal": Claim(
+        "retrieval_heads_causal",
+        "2404.15574",
+        "Masking the retrieval heads destroys retrieval; masking as many other heads does not.",
+    ),
+    "retrieval-heads-sparse": Claim(
+        "retrieval_heads_sparse",
+        "2404.15574",
+        "Few heads, under 5 % of them, retrieve from a long context.",
     ),
     "sharded-union": Claim(
         "sharded_union",
