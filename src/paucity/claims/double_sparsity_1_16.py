@@ -1,6 +1,6 @@
 """Claim: a sixteenth of the channels finds a sixteenth of the tokens that keeps a model's quality.
 
-Paper: Yang et al. 2024 (Double Sparsity), https://arxiv.org/abs/2408.07092, abstract: perplexity, key-value retrieval and
+Paper: Yang et al. 2024 (Double Sparsity), https://arxiv.org/abs/2408.07092, abstract: perplexity, retrieval by key and
 long-context benchmarks of Llama 2 and Mixtral change little at 1/16 of tokens and channels.
 
 Steps after a prompt that is read densely: passkeys and one of sixteen numbers by name are generated, and text is
