@@ -57,6 +57,15 @@ def test_speculate_writes_what_the_dense_model_does(folder, tmp_path):
         run("speculate", "sink_window", *options)
 
 
+def test_heads_are_listed_by_score(folder, tmp_path):
+    options = ("--model", folder, "--text", tmp_path / "text.py", "--longest", 900, "--depths", 1)
+    rows = json.loads(run("heads", *options, "--json"))
+    assert sorted((row["layer"], row["head"]) for row in rows) == [(i, j) for i in range(2) for j in range(4)]
+    scores = [row["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert "of the 8 heads score above 0.1" in run("heads", *options)
+
+
 def test_what_is_wrong_is_said_before_any_work(folder, tmp_path):
     options = ("--model", folder, "--text", tmp_path / "text.py")
     with pytest.raises(InputError, match="text must have at least 5000 tokens"):

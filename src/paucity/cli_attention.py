@@ -204,6 +204,42 @@ def _prompt(model: str, content: str, tokens: int) -> "tuple[Loaded, Tensor]":
     return loaded, torch.tensor([ids[:tokens]])
 
 
+@app.command()
+def heads(
+    model: Model = "embedded",
+    text: Text = "held_out_python",
+    longest: Annotated[int, typer.Option(min=128, help="Longest prompt; halved twice.")] = 4096,
+    depths: Annotated[int, typer.Option(min=1, help="Depths of the needle, for each task and length.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of needles and texts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Which heads copy answers out of a long text: their retrieval scores, the highest first."""
+    from .attention import needle_prompts, retrieval_scores
+    from .measure.data import read_text
+    from .models.load import load
+
+    content = read_text(text, role="measure")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        loaded = load(model)
+        tokenizer = loaded.need_tokenizer("attention heads")
+        lengths = sorted({longest >> halving for halving in range(3)})
+        needles = needle_prompts(tokenizer, content, lengths=lengths, num_depths=depths, seed=seed)
+        scores = retrieval_scores(
+            loaded.model, needles, on_progress=lambda done, of: progress(f"{done} of {of} prompts answered")
+        )
+    order = scores.flatten().argsort(descending=True, stable=True).tolist()
+    found = [(*divmod(at, scores.shape[1]), float(scores.flatten()[at])) for at in order]
+    if as_json:
+        return print_json([{"layer": layer, "head": head, "score": score} for layer, head, score in found])
+    table = Table("layer", "head", "retrieval score", box=None, pad_edge=False)
+    for layer, head, score in found:
+        table.add_row(str(layer), str(head), f"{score:.3f}")
+    out.print(table)
+    share = sum(score > 0.1 for *_, score in found) / len(found)
+    out.print(f"{100 * share:.0f} % of the {len(found)} heads score above 0.1.", highlight=False)
+
+
 def _options(name: str) -> Any:
     """The policy or search called ``name``, or in the file of that name."""
     from .attention.portable import options_from, read_mapping
@@ -214,28 +250,20 @@ def _options(name: str) -> Any:
 
 def _prepare(name: str, model: str, text: str, tokens: int) -> "tuple[Any, Loaded, Tensor]":
     """The policy, the model and a prompt ``[1, tokens]``; whatever is wrong is said before any work."""
-    import torch
-
     from .attention import PrefillPolicy
     from .attention.portable import method_name
     from .checks import fail
     from .measure.data import read_text
-    from .measure.tokens import encode, leading_ids
-    from .models.load import load
 
     policy = _options(name)
     if not isinstance(policy, PrefillPolicy):
-        constraint = "be a policy (`paucity attention search` makes one)"
-        raise fail("attention", "policy", constraint, f"the search {method_name(policy)}")
+        constraint = "be a policy of prompts (`paucity attention search` makes one)"
+        raise fail("attention", "policy", constraint, method_name(policy))
     content = read_text(text, role="measure")
     with spinner() as progress:
         progress(f"loading {model}")
-        loaded = load(model)
-        tokenizer = loaded.need_tokenizer("attention")
-        ids = [*leading_ids(tokenizer), *encode(tokenizer, content)]
-    if len(ids) < tokens:
-        raise fail("attention", "text", f"have at least {tokens} tokens", len(ids))
-    return policy, loaded, torch.tensor([ids[:tokens]])
+        loaded, ids = _prompt(model, content, tokens)
+    return policy, loaded, ids
 
 
 def _mean(values: list[float] | None) -> str:

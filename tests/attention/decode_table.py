@@ -27,9 +27,25 @@ ROWS: dict[str, Row] = {
         full={"num_keys": 1000, "page_size": 4},
         sparse={"num_keys": 12, "page_size": 2, "num_sinks": 2, "window_size": 4},
     ),
+    "double_sparsity_channels": Row(
+        full={"channels": [[[3, 1]]] * 2, "num_keys": 1000},
+        sparse={"channels": [[[3, 1, 4]], [[0, 6, 7]]], "num_keys": 9, "group_size": 5},
+    ),
+    "hierarchical_decode": Row(
+        full={"k": 64},
+        sparse={"k": 4, "window_size": 5, "num_sinks": 1, "refresh_every": 1},
+    ),
     "oracle_topk": Row(full={"num_keys": 1000}, sparse={"num_keys": 9}),
+    "paged_selection": Row(
+        full={"num_keys": 1000, "page_size": 8, "streaming": [[0], []], "window_size": 1000},
+        sparse={"num_keys": 12, "page_size": 4, "num_chunks": 2, "reselect_every": 1},
+    ),
     "quest": Row(full={"num_keys": 1000, "page_size": 5}, sparse={"num_keys": 12, "page_size": 4}),
     "streaming_decode": Row(full={"num_sinks": 3, "window_size": 1000}, sparse={"num_sinks": 3, "window_size": 7}),
+    "streaming_heads": Row(
+        full={"streaming": [[0], [0, 1]], "window_size": 1000},
+        sparse={"streaming": [[1], [0, 1]], "num_sinks": 2, "window_size": 5, "page_size": 4},
+    ),
     "tidal": Row(full={"num_keys": 1000}, sparse={"num_keys": 9}),
     "top_p": Row(full={"p": 1.0}, sparse={"p": 0.6}),
 }

@@ -7,6 +7,7 @@ batch gives what its rows give alone, whatever the method.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,9 @@ from ..checks import fail
 from ..kernels.attention import Pattern, check_tensors
 from .compute import Attended, attend_exactly, attend_pattern
 from .prompt import Prompt
+
+if TYPE_CHECKING:
+    from .portable import Policy
 
 
 class PrefillPolicy(BaseModel, ABC):
@@ -106,7 +110,7 @@ class PolicySearch(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @abstractmethod
-    def fit(self, model: nn.Module, calibration: Sequence[Tensor]) -> PrefillPolicy:
+    def fit(self, model: nn.Module, calibration: Sequence[Tensor]) -> "Policy":
         """The policy for ``model``, which is left as it was.
 
         Args:

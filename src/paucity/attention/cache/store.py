@@ -3,10 +3,20 @@
 A list that shrinks gives its memory back, whatever the others hold; all have the same room to grow in.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Allocate = Callable[[Tensor, int], Tensor]
+"""From a tensor and a number of entries to a buffer ``[entries, ...]`` of zeros, of its dtype and for its entries."""
+
 _ROOM, _SHARE = 64, 16
+
+
+def in_memory(like: Tensor, entries: int) -> Tensor:
+    """Zeros ``[entries, ...]`` beside ``like``."""
+    return like.new_zeros(entries, *like.shape[1:])
 
 
 class Store:
@@ -30,6 +40,7 @@ class Store:
         self.starts = torch.zeros(key.shape[:2], dtype=torch.int64, device=key.device)
         self.lengths = torch.zeros_like(self.starts)
         self.room = 0
+        self.allocate: Allocate = in_memory
 
     @property
     def longest(self) -> int:
@@ -38,9 +49,16 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held, room to grow included."""
-        tensors = (self.keys, self.values, self.positions, self.starts, self.lengths, *self.extras.values())
+        """Memory held, room to grow included; not what lies elsewhere (see `relocate`)."""
+        tensors = (self.positions, self.starts, self.lengths, *self.extras.values())
+        if self.allocate is in_memory:
+            tensors += (self.keys, self.values)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def relocate(self, allocate: Allocate) -> None:
+        """Keep keys and values in buffers that ``allocate`` makes, from now on and as they grow."""
+        self.allocate = allocate
+        self.keys, self.values = (allocate(old, len(old)).copy_(old) for old in (self.keys, self.values))
 
     def append(self, key: Tensor, value: Tensor, position: int) -> None:
         """Put ``T`` tokens, ``[B, H_kv, T, D]``, the first of them at ``position``, at the end of every list."""
@@ -115,11 +133,12 @@ class Store:
         shift = (starts - (flat.cumsum(0) - flat)).repeat_interleave(flat)
         target, total = shift + torch.arange(len(shift), device=shift.device), int(ends[-1]) if len(ends) else 0
 
-        def moved(old: Tensor) -> Tensor:
+        def moved(old: Tensor, allocate: Allocate = in_memory) -> Tensor:
             # Only the room is cleared: what lies beyond a list is read as a number and then left out.
-            new = old.new_zeros(total, *old.shape[1:])
+            new = allocate(old, total)
             return new.index_copy_(0, target, old.index_select(0, source)) if len(source) else new
 
-        self.keys, self.values, self.positions = moved(self.keys), moved(self.values), moved(self.positions)
+        self.keys, self.values = moved(self.keys, self.allocate), moved(self.values, self.allocate)
+        self.positions = moved(self.positions)
         self.extras = {name: moved(extra) for name, extra in self.extras.items()}
         self.starts, self.lengths, self.room = starts.view_as(lengths), lengths, room

@@ -66,16 +66,17 @@ class DecodePolicy(BaseModel, ABC):
         """Attention of the newest token over what `select` chooses; shapes as there."""
         started = time.perf_counter()
         with torch.no_grad():
-            pages = None if prompt.layer < self.dense_layers else self.select(query.detach(), cached, prompt)
+            whole = prompt.layer < self.dense_layers or not cached.lengths.numel()
+            pages = None if whole else self.select(query.detach(), cached, prompt)
         seconds = time.perf_counter() - started
         short = cached.lengths < self.min_length
         if pages is None:
             return Read(cached.attend(query, prompt), cached.lengths, seconds)
         out, kept = cached.attend(query, prompt, *pages), num_read(pages, cached.lengths, prompt.window)
         if bool(short.any()):  # some rows of a batch: they read everything, as they would alone
-            whole = cached.attend(query, prompt)
+            dense = cached.attend(query, prompt)
             each = short.repeat_interleave(query.shape[1] // short.shape[1], dim=1)[..., None, None]
-            out, kept = torch.where(each, whole, out), torch.where(short, cached.lengths, kept)
+            out, kept = torch.where(each, dense, out), torch.where(short, cached.lengths, kept)
         return Read(out, kept, seconds)
 
     def check_model(self, layers: Sequence[int], num_heads: int, num_kv_heads: int) -> None:
