@@ -10,7 +10,18 @@ from .compute import Attended, Part, attend_pattern
 from .crossover import Crossover, crossover
 from .decode import DecodePolicy, OracleTopK, Pages, Read
 from .dual_chunk import DualChunk
-from .eviction import EvictionPolicy, Knorm
+from .eviction import (
+    H2O,
+    AdaKV,
+    EvictionPolicy,
+    ExpectedAttention,
+    Knorm,
+    PyramidKV,
+    Quantised,
+    SnapKV,
+    StreamingLLM,
+    Tova,
+)
 from .flash import Flash
 from .flexprefill import FlexPrefill
 from .grid import Grid
@@ -37,6 +48,8 @@ from .watch import look, record, watch
 from .xattention import XAttention
 
 __all__ = [
+    "H2O",
+    "AdaKV",
     "Anchor",
     "AppliedAttention",
     "AppliedDecode",
@@ -50,6 +63,7 @@ __all__ = [
     "DecodePolicy",
     "DualChunk",
     "EvictionPolicy",
+    "ExpectedAttention",
     "Flash",
     "FlexPrefill",
     "Grid",
@@ -72,13 +86,18 @@ __all__ = [
     "Power",
     "PrefillPolicy",
     "Prompt",
+    "PyramidKV",
+    "Quantised",
     "Read",
     "RefinedBudgets",
     "Sharded",
     "SinkWindow",
+    "SnapKV",
     "Spans",
     "SparseLayer",
     "Store",
+    "StreamingLLM",
+    "Tova",
     "TriShape",
     "VerticalSlash",
     "XAttention",
