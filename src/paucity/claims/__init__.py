@@ -77,6 +77,11 @@ CLAIMS: dict[str, Claim] = {
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
     ),
+    "snapkv-beats-window": Claim(
+        "snapkv_beats_window",
+        "2404.14469",
+        "After a prompt was cut once, SnapKV has kept more of what is asked for than a recent window of equal size.",
+    ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
         "2306.11695",
