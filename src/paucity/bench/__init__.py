@@ -9,6 +9,7 @@ BENCHES: dict[str, str] = {
     "activations": "decoding of a wide model with sparse activations, thresholds included, against the dense model",
     "attention": "sparse attention over given patterns, prefill, training and decoding, against SDPA and FlexAttention",
     "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
+    "evict": "caches cut after a prompt, in quality, time and bytes, against kvpress and the dense model",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",
     "prefill": "prefill of the embedded model with a policy, selection included, against the dense model",
     "select": "top-k and statistical top-k of long rows against torch.topk",
