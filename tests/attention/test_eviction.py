@@ -133,6 +133,7 @@ def test_streaming_attends_at_places_in_the_cache(queries):
     policy = StreamingLLM(num_keys=6, num_sinks=2)
     layer.evict(policy.keep(query, cached, PROMPT), cached.starts, policy)
     more = [torch.randn(2, n, queries, DIM) for n in (HEADS, KV, KV)]
+    layer.expected = True  # as the model that carries the policy says
     layer.update(*more[1:])
     out = policy.attend(more[0], layer.cached(torch.tensor([0, 3])), PROMPT)
     key, value = torch.cat([key, more[1]], 2), torch.cat([value, more[2]], 2)
