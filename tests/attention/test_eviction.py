@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from paucity.attention.cache import SparseLayer
 from paucity.attention.eviction import (
-    H2O,
     AdaKV,
     ExpectedAttention,
+    H2o,
     Knorm,
     PyramidKV,
     Quantised,
@@ -74,7 +74,7 @@ def test_snapkv(pooling):
 
 def test_h2o_adds_up_over_prompts_and_steps():
     query, key, _, layer, cached = cached_of(10)
-    policy, first = H2O(num_keys=4), torch.tensor([0, 3])
+    policy, first = H2o(num_keys=4), torch.tensor([0, 3])
     policy.observe(query, cached, PROMPT)
     more = torch.randn(2, HEADS, 1, DIM), torch.randn(2, KV, 1, DIM), torch.randn(2, KV, 1, DIM)
     layer.update(*more[1:])
@@ -99,7 +99,7 @@ def test_h2o_of_even_lists_is_that_of_uneven_ones():
     sums = []
     for start in (0, 0):
         cached = layer.cached(torch.tensor([start]))
-        H2O().observe(query, cached, PROMPT)
+        H2o().observe(query, cached, PROMPT)
         sums.append(cached.extra("h2o").clone())
         cached.set_extra("h2o", torch.zeros_like(sums[0]))
         cached.lengths = cached.lengths.clone()
@@ -258,7 +258,7 @@ def test_bad_options():
         (Quantised, {"bits": 3}, "Input should be 4 or 8"),
         (Quantised, {"policy": StreamingLLM()}, "quantised: policy must have no attention of its own"),
         (AdaKV, {"policy": {"method": "nothing"}}, "nothing"),
-        (H2O, {"recent": 1.5}, "less than or equal to 1"),
+        (H2o, {"recent": 1.5}, "less than or equal to 1"),
         (ExpectedAttention, {"num_future": 0}, "greater than or equal to 1"),
     ):
         with pytest.raises(ValidationError, match=message):

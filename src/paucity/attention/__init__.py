@@ -11,10 +11,10 @@ from .crossover import Crossover, crossover
 from .decode import DecodePolicy, OracleTopK, Pages, Read
 from .dual_chunk import DualChunk
 from .eviction import (
-    H2O,
     AdaKV,
     EvictionPolicy,
     ExpectedAttention,
+    H2o,
     Knorm,
     PyramidKV,
     Quantised,
@@ -48,7 +48,6 @@ from .watch import look, record, watch
 from .xattention import XAttention
 
 __all__ = [
-    "H2O",
     "AdaKV",
     "Anchor",
     "AppliedAttention",
@@ -67,6 +66,7 @@ __all__ = [
     "Flash",
     "FlexPrefill",
     "Grid",
+    "H2o",
     "HeadChoice",
     "Hierarchical",
     "Hyper",

@@ -7,6 +7,7 @@ same way: facts asked for at the end of the prompt, and the bits per byte of a t
 and compression, and of the steps that follow.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -47,11 +48,12 @@ DENSITIES = (0.25, 0.1)
 TASKS, NUM_PROMPTS, NUM_TEXTS, CONTINUED = ("passkey", "key_value"), 8, 4, 256
 LENGTH, TIMED, ROUNDS, STEPS = 2048, 4096, 5, 32
 VARIABLE = "PAUCITY_KVPRESS_PYTHON"
+SNAPKV = SnapKV(window_size=64, kernel_size=5, pooling="avg")  # as kvpress has it
 METHODS: dict[str, tuple[Callable[[float], EvictionPolicy], str, dict[str, Any], bool]] = {
-    "ada_kv": (lambda density: AdaKV(density=density), "SnapKVPress", {}, True),
+    "ada_kv": (lambda density: AdaKV(policy=SNAPKV, density=density), "SnapKVPress", {}, True),
     "expected_attention": (lambda density: ExpectedAttention(density=density), "ExpectedAttentionPress", {}, False),
     "knorm": (lambda density: Knorm(density=density), "KnormPress", {}, False),
-    "snapkv": (lambda density: SnapKV(density=density), "SnapKVPress", {}, False),
+    "snapkv": (lambda density: SNAPKV.model_copy(update={"density": density}), "SnapKVPress", {}, False),
     "streaming_llm": (
         lambda density: StreamingLLM(density=density, every=0, reindex=False),
         "StreamingLLMPress",
@@ -200,16 +202,20 @@ def kvpress_peer(loaded: Loaded) -> Iterator[Theirs | None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         loaded.model.save_pretrained(folder)  # type: ignore[operator]
-        script = Path(__file__).with_name("kvpress_peer.py")
+        # As a command, not as a file: the modules beside it would stand before those of the standard library.
+        script = Path(__file__).with_name("kvpress_peer.py").read_text(encoding="utf-8")
         with subprocess.Popen(
-            [python, str(script), folder, str(torch.get_num_threads())],
+            [python, "-c", script, folder, str(torch.get_num_threads())],
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
-            yield Theirs(process)
-            assert process.stdin is not None
-            process.stdin.close()
+            try:
+                yield Theirs(process)
+            finally:
+                with contextlib.suppress(BrokenPipeError):  # it ended before, and has said why
+                    process.communicate()
 
 
 def _measure(

@@ -1,6 +1,6 @@
 """Runs kvpress in its own Python: reads a job as JSON from each line of stdin, writes the result as JSON to stdout.
 
-Started as ``python kvpress_peer.py MODEL THREADS``; it needs torch, transformers and kvpress, and nothing of this
+Started as ``python -c SOURCE MODEL THREADS``; it needs torch, transformers and kvpress, and nothing of this
 package. A job is a mapping with ``do``:
 
 - ``press``: compress with ``name`` (of a class of kvpress, or null for none), ``options`` and, inside ``AdaKVPress``

@@ -2,7 +2,7 @@
 
 from .ada_kv import AdaKV
 from .expected_attention import ExpectedAttention
-from .h2o import H2O
+from .h2o import H2o
 from .knorm import Knorm
 from .policy import EvictionPolicy
 from .pyramidkv import PyramidKV
@@ -12,10 +12,10 @@ from .streaming_llm import StreamingLLM
 from .tova import Tova
 
 __all__ = [
-    "H2O",
     "AdaKV",
     "EvictionPolicy",
     "ExpectedAttention",
+    "H2o",
     "Knorm",
     "PyramidKV",
     "Quantised",

@@ -22,7 +22,7 @@ _AT_ONCE, _ROWS = 2**24, 512
 SUMS = "h2o"
 
 
-class H2O(EvictionPolicy):
+class H2o(EvictionPolicy):
     """Options of ``h2o``.
 
     Attributes:

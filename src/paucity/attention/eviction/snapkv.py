@@ -2,7 +2,9 @@
 
 Paper: Li et al. 2024, https://arxiv.org/abs/2404.14469, Sec. 4 and Listing 1: the attention that the last
 ``window_size`` queries pay to each earlier key is summed and pooled over neighbouring keys; the best keys of each head
-stay, and the window itself.
+stay, and the window itself. A fact is kept as far as the kernel reaches from where the question looks: for answers of
+several tokens it must be about as wide as they are. The default is that of the paper's long texts (7, greatest);
+authors' code and kvpress fall back to 5 and the mean.
 
 Differences: with grouped queries the votes of the heads that share a KV head are averaged, so that keys are never
 repeated; of a turn shorter than the window, the last queries of the turn before vote, too. ``every`` goes on voting
@@ -29,8 +31,8 @@ class SnapKV(EvictionPolicy):
     """
 
     window_size: int = Field(64, ge=1)
-    kernel_size: int = Field(5, ge=1)
-    pooling: Pooling = "avg"
+    kernel_size: int = Field(7, ge=1)
+    pooling: Pooling = "max"
 
     @field_validator("kernel_size")
     @classmethod
