@@ -5,9 +5,9 @@ cache), against the sinks and window of StreamingLLM, https://arxiv.org/abs/2309
 entries in every layer and head, an eighth and a quarter of the prompt, and drop nothing while they answer.
 
 Holds when, at every budget, the mean accuracy over the tasks is higher with SnapKV, the question standing at the end of
-the prompt as in the paper, and the method's defaults in force. Besides, with no part in the verdict: the same with the question in a turn of its own, after
-the prompt was cut without knowing it; the bits of a text's continuation, where the nearest tokens matter most; and both
-with a kernel as wide as the facts, which a tokenizer without long numbers spreads over several tokens.
+the prompt as in the paper, and the method's defaults in force. Besides, with no part in the verdict: the same with the
+question in a turn of its own, after the prompt was cut without knowing it; the bits of a text's continuation, where the
+nearest tokens matter most; and both with a kernel as wide as the facts, each of which is several tokens here.
 Differences: a small model and prompts within its context; the answer is read in one pass, each token of it given those
 before.
 """
