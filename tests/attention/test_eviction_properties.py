@@ -15,7 +15,7 @@ from paucity.checks import InputError
 from paucity.models.load import Loaded
 
 from .eviction_table import BUDGET, METHODS, ROWS, policy
-from .test_apply import CONFIGS, SIZE, logits, model_of, tokens
+from .test_apply import SIZE, logits, model_of, tokens
 
 methods = pytest.mark.parametrize("method", METHODS)
 STEPS = 12
@@ -49,7 +49,7 @@ def test_table_has_every_method():
     assert list(ROWS) == METHODS
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gpt2", "llama", "mistral"])
 @methods
 def test_full_budget_is_dense_step_by_step_and_removal_is_exact(kind, method):
     model, ids = model_of(kind), tokens(33, 2)
@@ -170,7 +170,7 @@ def test_rows_can_be_chosen_repeated_and_reordered(method):
 @methods
 def test_generates_greedily_by_sampling_and_with_beams(method):
     model, ids = model_of("llama"), tokens(30, 2)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "pad_token_id": 0}
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0}
     ways = ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False})
 
     def generated():
