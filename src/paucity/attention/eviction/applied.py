@@ -43,8 +43,9 @@ class AppliedEviction:
         assert layer.store is not None
         new = query.shape[2]
         recent = layer.store.remember(query.detach(), self.policy.lookback) if self.policy.lookback > 1 else query
-        if self.policy.restore(layer.store, new):
-            cached = layer.cached(first)
+        looked = self.policy.restore(layer.store, new)
+        cached = layer.cached(first)
+        if looked:
             self.policy.observe(query.detach(), cached, prompt)
             if new > 1 or self.policy.every:
                 spare = max(0, self.policy.every - 1) if new == 1 else 0
@@ -53,7 +54,7 @@ class AppliedEviction:
                     layer.evict(keep, cached.starts, self.policy)
             if layer.policy is not None:
                 self.policy.put_away(layer.store)
-        text = layer.cached(first).num_text.unsqueeze(-1)
+        text = cached.num_text.unsqueeze(-1)
         kept, heads = torch.minimum(layer.store.num_entries, text), layer.store.lengths.shape[1]
         self.counts.add(prompt.layer, heads, kept * heads, text * heads)
 
