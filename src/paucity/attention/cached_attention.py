@@ -48,15 +48,22 @@ def attend_cached(
     return cached.attend(query, prompt)
 
 
-def evict(site: Site, layer: SparseLayer, query: Tensor, prompt: Prompt, padding: Tensor | None) -> None:
-    """Let the eviction policy, if there is one, drop what it does not keep; shapes as in `attend_cached`."""
+def evict(
+    site: Site, layer: SparseLayer, query: Tensor, prompt: Prompt, padding: Tensor | None, windowed: bool
+) -> None:
+    """Let the eviction policy, if there is one, drop what it does not keep; shapes as in `attend_cached`.
+
+    Layers with a sliding window (``windowed``) are left alone, while the text is within the window, too.
+    """
     if site.eviction is None or site.layer not in site.eviction.layers:
         return
     first, reason = text_starts(padding)
+    if windowed:
+        reason = "a sliding window"
     if reason is not None:
         site.eviction.counts.dense[reason] += 1
         return
-    site.eviction.after(layer, query, layer.cached(first), prompt)
+    site.eviction.after(layer, query, prompt, first)
 
 
 def count_dense(site: Site, layer: SparseLayer | None, prompted: bool, reason: str) -> None:

@@ -109,7 +109,7 @@ def attention(
         scaling: factor on the logits.
         softcap: cap of the logits.
         is_causal: whether attention is causal, instead of ``module.is_causal``.
-        kwargs: what else models pass; a sliding window is read from the mask instead.
+        kwargs: what else models pass; a sliding window is read from the mask, except for whether there is one.
 
     Returns:
         ``[B, Tq, H, Dv]`` and no weights.
@@ -149,7 +149,8 @@ def attention(
     else:
         out = out.transpose(1, 2).contiguous()
     if site is not None and layer is not None:
-        evict(site, layer, query, prompt, padding)
+        windowed = window is not None or kwargs.get("sliding_window") is not None
+        evict(site, layer, query, prompt, padding, windowed)
     return out, None
 
 

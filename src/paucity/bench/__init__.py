@@ -10,6 +10,7 @@ BENCHES: dict[str, str] = {
     "attention": "sparse attention over given patterns, prefill, training and decoding, against SDPA and FlexAttention",
     "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
     "decode": "decoding from a long cache with a policy, selection included, against dense attention",
+    "evict": "caches cut after a prompt, in quality, time and bytes, against kvpress and the dense model",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",
     "prefill": "prefill of the embedded model with a policy, selection included, against the dense model",
     "select": "top-k and statistical top-k of long rows against torch.topk",

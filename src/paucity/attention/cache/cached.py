@@ -104,20 +104,33 @@ class Cached:
             pages: ``[B or 1, H_kv or 1, n]`` integers; -1 is none.
             page_size: keys of a page.
         """
+        return self.attend_part(query, prompt, pages, page_size)[0]
+
+    def attend_part(
+        self, query: Tensor, prompt: Prompt, pages: Tensor | None = None, page_size: int = 1, skip: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` with the logarithm of the softmax's denominator, ``[B, H, Tq]``, for parts that are merged by it.
+
+        Args:
+            query: as in `attend`.
+            prompt: as in `attend`.
+            pages: as in `attend`.
+            page_size: as in `attend`.
+            skip: entries at the start of every list that are left out; pages count from there.
+        """
         shape = (*self.starts.shape, *self.store.keys.shape)
-        key = self.store.keys.expand(shape)
-        value = self.store.values.expand(*shape[:3], self.store.values.shape[-1])
-        out = decode_attention(
+        skipped = self.lengths.clamp(max=skip)
+        out, lse = decode_attention(
             query,
-            key,
-            value,
+            self.store.keys.expand(shape),
+            self.store.values.expand(*shape[:3], self.store.values.shape[-1]),
             pages,
             page_size=page_size,
-            lengths=self.lengths,
-            starts=self.starts,
+            lengths=self.lengths - skipped,
+            starts=self.starts + skipped,
             scale=prompt.scale,
             softcap=prompt.softcap,
             window=prompt.window,
+            return_lse=True,
         )
-        assert isinstance(out, Tensor)  # no lse was asked for
-        return out
+        return out, lse

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .packed import Packed
+
 Allocate = Callable[[Tensor, int], Tensor]
 """From a tensor and a number of entries to a buffer ``[entries, ...]`` of zeros, of its dtype and for its entries."""
 
@@ -29,6 +31,8 @@ class Store:
         extras: further figures of each entry, ``[N, ...]``, by name; they move with it. A new entry has 0.
         starts: ``[B, H_kv]`` int64.
         lengths: ``[B, H_kv]`` int64.
+        recent: ``[B, H, n, D]``, queries of the newest tokens, where `remember` was asked for them.
+        packed: older entries in few bits, before those of the lists; None where there are none.
     """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -41,6 +45,8 @@ class Store:
         self.lengths = torch.zeros_like(self.starts)
         self.room = 0
         self.allocate: Allocate = in_memory
+        self.recent: Tensor | None = None
+        self.packed: Packed | None = None
 
     @property
     def longest(self) -> int:
@@ -48,12 +54,24 @@ class Store:
         return int(self.lengths.max()) if self.lengths.numel() else 0
 
     @property
+    def num_entries(self) -> Tensor:
+        """``[B, H_kv]`` int64, packed ones included."""
+        return self.lengths if self.packed is None else self.lengths + self.packed.lengths
+
+    @property
     def num_bytes(self) -> int:
         """Memory held, room to grow included; not what lies elsewhere (see `relocate`)."""
-        tensors = (self.positions, self.starts, self.lengths, *self.extras.values())
-        if self.allocate is in_memory:
-            tensors += (self.keys, self.values)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        tensors = [self.positions, self.starts, self.lengths, *self.extras.values()]
+        tensors += [self.keys, self.values] if self.allocate is in_memory else []
+        tensors += [] if self.recent is None else [self.recent]
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return held + (0 if self.packed is None else self.packed.num_bytes)
+
+    def remember(self, query: Tensor, count: int) -> Tensor:
+        """Queries ``[B, H, n, D]`` of the newest tokens: all of ``query``, and ``count`` of them are kept for later."""
+        known = query if self.recent is None else torch.cat([self.recent, query], dim=2)
+        self.recent = known[:, :, -count:].clone()
+        return known[:, :, -max(count, query.shape[2]) :]
 
     def relocate(self, allocate: Allocate) -> None:
         """Keep keys and values in buffers that ``allocate`` makes, from now on and as they grow."""
@@ -84,8 +102,41 @@ class Store:
         kept = (starts.unsqueeze(-1) + torch.arange(mask.shape[-1], device=mask.device))[mask]
         self._move(kept, mask.sum(-1), _ROOM)
 
+    def pack(self, bits: int, group_size: int, num_recent: int) -> None:
+        """Keep the first entries of each list in ``bits``, whole groups of them; the last ``num_recent`` stay as is."""
+        counts = (self.lengths - num_recent).clamp(min=0) // group_size * group_size
+        at = _places(self.starts, counts).view(-1, group_size)
+        extras = {name: extra[at] for name, extra in self.extras.items()}
+        packed = Packed.of(self.keys[at], self.values[at], self.positions[at], extras, counts, bits)
+        self._move(_places(self.starts + counts, self.lengths - counts), self.lengths - counts, _ROOM)
+        self.packed = packed
+
+    def unpack(self) -> None:
+        """Bring back what was packed, with the error of its few bits."""
+        packed, self.packed = self.packed, None
+        if packed is None:
+            return
+        keys, values = packed.entries(torch.arange(len(packed.parts[0]), device=self.keys.device))
+        old, lengths = packed.lengths, packed.lengths + self.lengths
+        within = _places(torch.zeros_like(lengths), lengths)
+        counts, num_packed = lengths.flatten(), len(packed.parts[0]) * packed.group_size
+        first = (packed.starts * packed.group_size).flatten().repeat_interleave(counts)
+        later = (num_packed + self.starts - old).flatten().repeat_interleave(counts)
+        source = within + torch.where(within < old.flatten().repeat_interleave(counts), first, later)
+        self.keys = torch.cat([keys.flatten(0, 1), self.keys])
+        self.values = torch.cat([values.flatten(0, 1), self.values])
+        self.positions = torch.cat([packed.parts[-1].flatten(), self.positions])
+        for name, extra in self.extras.items():
+            before = packed.extras.get(name, extra.new_zeros(keys.shape[:2]))
+            self.extras[name] = torch.cat([before.flatten(), extra])
+        self._move(source, lengths, _ROOM)
+
     def crop(self, position: int, tokens: int) -> None:
         """Forget the last ``tokens`` tokens, which begin at ``position``, as far as they are still there."""
+        if self.packed is not None:
+            self.unpack()
+        if self.recent is not None:
+            self.recent = self.recent[:, :, : max(0, self.recent.shape[2] - tokens)]
         place = self.lengths.unsqueeze(-1) - 1 - torch.arange(tokens, device=self.lengths.device)
         late = (place >= 0) & (self.positions[(self.starts.unsqueeze(-1) + place).clamp(min=0)] >= position)
         self.lengths = self.lengths - late.sum(-1)
@@ -93,6 +144,8 @@ class Store:
     def select_rows(self, rows: Tensor) -> None:
         """Rows of the batch by index, some perhaps again and again, others not at all."""
         self.starts, self.lengths = self.starts[rows], self.lengths[rows]
+        self.recent = None if self.recent is None else self.recent[rows]
+        self.packed = None if self.packed is None else self.packed.select_rows(rows)
         self._move(self._all(), self.lengths, max(self.room, 1))
 
     def rectangle(self, source: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
@@ -121,9 +174,7 @@ class Store:
 
     def _all(self) -> Tensor:
         """Where every entry lies, list by list."""
-        lengths = self.lengths.flatten()
-        first = (self.starts.flatten() - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-        return first + torch.arange(len(first), device=lengths.device)
+        return _places(self.starts, self.lengths)
 
     def _move(self, source: Tensor, lengths: Tensor, room: int) -> None:
         """Bring the entries at ``source``, list by list, to a new buffer where every list can grow by ``room``."""
@@ -142,3 +193,10 @@ class Store:
         self.positions = moved(self.positions)
         self.extras = {name: moved(extra) for name, extra in self.extras.items()}
         self.starts, self.lengths, self.room = starts.view_as(lengths), lengths, room
+
+
+def _places(starts: Tensor, lengths: Tensor) -> Tensor:
+    """``starts`` and what follows, as many as ``lengths`` says, list by list, in one row."""
+    flat = lengths.flatten()
+    first = (starts.flatten() - (flat.cumsum(0) - flat)).repeat_interleave(flat)
+    return first + torch.arange(len(first), device=flat.device)

@@ -31,22 +31,32 @@ class AppliedEviction:
         return self.policy.attend(query, cached, prompt)
 
     @torch.no_grad()
-    def after(self, layer: SparseLayer, query: Tensor, cached: Cached, prompt: Prompt) -> None:
-        """After the attention of a prompt or a step: evict what the policy does not keep."""
-        if prompt.window is not None:
-            self.counts.dense["a sliding window"] += 1
-            return
-        query = query.detach()
-        self.policy.observe(query, cached, prompt)
-        if query.shape[2] > 1 or self.policy.every:
-            spare = max(0, self.policy.every - 1) if query.shape[2] == 1 else 0
-            keep = self.policy.keep(query, cached, prompt, spare)
-            if keep is not None:
-                layer.evict(keep, cached.starts, self.policy)
+    def after(self, layer: SparseLayer, query: Tensor, prompt: Prompt, first: Tensor | None) -> None:
+        """After the attention of a prompt or a step: evict what the policy does not keep.
+
+        Args:
+            layer: with the new tokens.
+            query: ``[B, H, Tq, D]``, theirs.
+            prompt: of the layer.
+            first: ``[B]``, where the text of each row begins, as in ``layer.cached``.
+        """
         assert layer.store is not None
-        heads = layer.store.lengths.shape[1]
-        kept, whole = layer.store.lengths, cached.num_text.unsqueeze(-1) * heads
-        self.counts.add(prompt.layer, heads, torch.minimum(kept, cached.num_text.unsqueeze(-1)) * heads, whole)
+        new = query.shape[2]
+        recent = layer.store.remember(query.detach(), self.policy.lookback) if self.policy.lookback > 1 else query
+        looked = self.policy.restore(layer.store, new)
+        cached = layer.cached(first)
+        if looked:
+            self.policy.observe(query.detach(), cached, prompt)
+            if new > 1 or self.policy.every:
+                spare = max(0, self.policy.every - 1) if new == 1 else 0
+                keep = self.policy.keep(recent.detach(), cached, prompt, spare)
+                if keep is not None:
+                    layer.evict(keep, cached.starts, self.policy)
+            if layer.policy is not None:
+                self.policy.put_away(layer.store)
+        text = cached.num_text.unsqueeze(-1)
+        kept, heads = torch.minimum(layer.store.num_entries, text), layer.store.lengths.shape[1]
+        self.counts.add(prompt.layer, heads, kept * heads, text * heads)
 
     def remove(self) -> None:
         """Take the policy off; with the last one the attention that the model had is restored."""

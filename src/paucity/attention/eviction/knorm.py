@@ -2,7 +2,7 @@
 
 Paper: Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
 https://arxiv.org/abs/2406.11430, Sec. 3. Which layers stay whole (the paper leaves out the first two of some models) is
-the option ``layers``.
+the option ``layers``. Where a model norms its keys (Qwen3, Gemma 3) their lengths say little.
 """
 
 from torch import Tensor

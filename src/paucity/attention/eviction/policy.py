@@ -7,7 +7,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ...ops.blocks import soft_capped
 from ..cache.cached import Cached
+from ..cache.store import Store
 from ..prompt import Prompt
 
 
@@ -31,13 +33,18 @@ class EvictionPolicy(BaseModel, ABC):
     every: int = Field(0, ge=0)
     layers: list[int] | None = None
 
+    @property
+    def lookback(self) -> int:
+        """How many of the newest queries `score` wants to see, those of earlier prompts and steps included."""
+        return 1
+
     @abstractmethod
     def score(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """How much each entry is worth, ``[B, H_kv, longest]`` float32; higher is kept, inf stays whatever happens.
 
         Args:
-            query: ``[B, H, Tq, D]`` after the position embedding, of the last ``Tq`` entries of every list; where a
-                list is shorter than that, its first queries are padding (see `probabilities`).
+            query: ``[B, H, Tq, D]`` after the position embedding, of the newest ``Tq`` tokens: all of a prompt, and at
+                least the `lookback` as far as there were so many. A row with padding has padding first among them.
             cached: the lists; what is beyond the end of a list may have any score.
             prompt: the layer, scale, softcap and position embedding.
         """
@@ -47,10 +54,14 @@ class EvictionPolicy(BaseModel, ABC):
 
     def budgets(self, score: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """Entries that each list keeps, ``[B, H_kv]`` int64; by default the same for all lists of a row."""
+        return self.allowance(cached, prompt)
+
+    def allowance(self, cached: Cached, prompt: Prompt) -> Tensor:
+        """Entries of a list on average over the layer, as far as that can be told without scores; ``[B, H_kv]``."""
         return self.even_budgets(cached)
 
     def even_budgets(self, cached: Cached) -> Tensor:
-        """``num_keys`` for each list, or ``density`` of the tokens that its row has seen."""
+        """``num_keys`` for each list, or ``density`` of the tokens that its row has seen, at least one."""
         if self.density is None:
             return torch.full_like(cached.lengths, self.num_keys)
         return (cached.num_text * self.density).round().long().clamp(min=1).unsqueeze(-1).expand_as(cached.lengths)
@@ -67,7 +78,7 @@ class EvictionPolicy(BaseModel, ABC):
         Returns:
             None where all lists are within their budgets.
         """
-        if self.settled(cached):
+        if self.settled(cached, prompt):
             return None
         score, inside = self.score(query, cached, prompt), cached.inside()
         budget = self.budgets(score, cached, prompt)
@@ -77,9 +88,16 @@ class EvictionPolicy(BaseModel, ABC):
         budget = torch.where(over, (budget - spare).clamp(min=1), cached.lengths)
         return best(score.masked_fill(~inside, -torch.inf), budget) & inside
 
-    def settled(self, cached: Cached) -> bool:
+    def settled(self, cached: Cached, prompt: Prompt) -> bool:
         """Whether it can be told without scores that all lists are within their budgets."""
-        return bool((cached.lengths <= self.even_budgets(cached)).all())
+        return bool((cached.lengths <= self.allowance(cached, prompt)).all())
+
+    def restore(self, store: Store, num_new: int) -> bool:
+        """Before anything is looked at after ``num_new`` tokens: bring back what `put_away` took; False: look not."""
+        return True
+
+    def put_away(self, store: Store) -> None:
+        """After all that, where something was evicted now or before: keep what stays in another way."""
 
     def attend(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """Attention over what is left, ``[B, H, Tq, Dv]``."""
@@ -107,22 +125,30 @@ def best(score: Tensor, budget: Tensor) -> Tensor:
     return rank.flip(-1) < budget.unsqueeze(-1)
 
 
-def probabilities(query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
-    """Attention of the newest queries over their lists, ``[B, H, Tq, longest]`` float32.
+def probabilities(query: Tensor, cached: Cached, prompt: Prompt, *, later: int = 0) -> Tensor:
+    """Attention of the newest queries over what is left of their lists, ``[B, H, Tq, longest]`` float32.
 
     Args:
-        query: ``[B, H, Tq, D]``, of the last ``Tq`` entries of every list. One that would stand before the list is
-            padding, and its row is 0.
+        query: ``[B, H, Tq, D]``, of the newest ``Tq`` tokens. The row of one that is padding is 0.
         cached: the lists.
         prompt: scale and softcap.
+        later: tokens that are newer still than these.
     """
     batch, heads, queries, dim = query.shape
     keys = cached.keys()
-    groups = query.view(batch, keys.shape[1], -1, dim)
-    logits = (groups.float() @ keys.float().mT * prompt.scale).view(batch, keys.shape[1], -1, queries, keys.shape[2])
-    if prompt.softcap is not None:
-        logits = torch.tanh(logits / prompt.softcap) * prompt.softcap
-    stands = cached.lengths.unsqueeze(-1) - queries + torch.arange(queries, device=query.device)
-    seen = torch.arange(keys.shape[2], device=query.device) <= stands.unsqueeze(-1)
-    seen = seen.unsqueeze(2).expand_as(logits)
-    return logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0).view(batch, heads, queries, -1)
+    groups = query.reshape(batch, keys.shape[1], -1, dim)
+    logits = soft_capped(groups.float() @ keys.float().mT * prompt.scale, prompt.softcap)
+    hidden = ~visible(queries, cached, later=later).unsqueeze(2)
+    logits = logits.view(batch, keys.shape[1], -1, queries, keys.shape[2]).masked_fill_(hidden, -torch.inf)
+    return logits.softmax(-1).nan_to_num_(0.0).view(batch, heads, queries, -1)
+
+
+def visible(queries: int, cached: Cached, *, later: int = 0) -> Tensor:
+    """Which entries the ``queries`` tokens before the newest ``later`` ones see, ``[B, H_kv, Tq, longest]`` bool."""
+    stands = cached.num_seen - later + torch.arange(-queries, 0, device=cached.lengths.device)
+    return (cached.positions().unsqueeze(2) <= stands.unsqueeze(-1)) & cached.inside().unsqueeze(2)
+
+
+def by_group(x: Tensor, num_kv_heads: int) -> Tensor:
+    """The mean of ``x`` ``[B, H, ...]`` over the query heads of each KV head, ``[B, H_kv, ...]``."""
+    return x.reshape(len(x), num_kv_heads, -1, *x.shape[2:]).mean(2)
