@@ -31,6 +31,11 @@ CLAIMS: dict[str, Claim] = {
         "2510.24606",
         "At equal density, DHSA keeps a language model and its retrieval better than block-sparse attention does.",
     ),
+    "double-sparsity-1-16": Claim(
+        "double_sparsity_1_16",
+        "2408.07092",
+        "A sixteenth of the channels of each head finds a sixteenth of the tokens that keeps a model's quality.",
+    ),
     "dual-chunk-extrapolates": Claim(
         "dual_chunk_extrapolates",
         "2402.17463",
@@ -76,6 +81,11 @@ CLAIMS: dict[str, Claim] = {
         "2410.01485",
         "With the middle third of the layers full, a model keeps more than with sparse layers alone at equal cost.",
     ),
+    "lserve-constant-pages": Claim(
+        "lserve_constant_pages",
+        "2502.14866",
+        "A constant number of pages keeps retrieval accuracy while the context grows.",
+    ),
     "minference-crossover": Claim(
         "minference_crossover",
         "2407.02490",
@@ -102,6 +112,16 @@ CLAIMS: dict[str, Claim] = {
         "2405.18628",
         "With trained prompt tokens, a dynamic sparse tree accepts more tokens a pass than other trees, losslessly.",
     ),
+    "retrieval-heads-causal": Claim(
+        "retrieval_heads_causal",
+        "2404.15574",
+        "Masking the retrieval heads destroys retrieval; masking as many other heads does not.",
+    ),
+    "retrieval-heads-sparse": Claim(
+        "retrieval_heads_sparse",
+        "2404.15574",
+        "Few heads, under 5 % of them, retrieve from a long context.",
+    ),
     "sharded-union": Claim(
         "sharded_union",
         "2407.17678",
@@ -113,10 +133,20 @@ CLAIMS: dict[str, Claim] = {
         "Trained on short contexts, SharedLLM predicts after ones 16 times as long better than without them and than a "
         "streaming window of equal memory, at less time and memory than full attention.",
     ),
+    "snapkv-beats-window": Claim(
+        "snapkv_beats_window",
+        "2404.14469",
+        "After a prompt was cut once, SnapKV has kept more of what is asked for than a recent window of equal size.",
+    ),
     "threads-harder-than-needles": Claim(
         "threads_harder_than_needles",
         "2411.05000",
         "Following a thread through a long text is harder than finding a needle, and harder the longer the thread.",
+    ),
+    "tidal-close-to-full": Claim(
+        "tidal_close_to_full",
+        "2410.05076",
+        "With a small budget of tokens TidalDecode stays close to full attention, and no further from it than Quest.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",
