@@ -10,8 +10,9 @@ The paper finds the layer that chooses anew for each kind of model by trying, an
 The embedded model has five layers and retrieves in its last, which must choose itself: where layer 3 chooses for it, a
 third of the answers is right at 64 keys, and where layer 2 does, none (``alone``). So layers 0, 1 and 4 read all, and
 layer 1 chooses for 2 and 3. The share of the cache that steps read, ``density``, is above Quest's at this depth, which
-reads all in layers 0 and 1; in the paper four layers of 32 do. ``frugal`` is TidalDecode at Quest's cost: layer 0
-chooses for 1 to 3. It is reported and does not decide.
+reads all in layers 0 and 1; in the paper four layers of 32 do. ``frugal`` is TidalDecode at Quest's cost, where layer 0
+chooses for 1 to 3: with 64 keys it found no answer, so at equal cost the statement does not hold at this depth. That is
+reported and does not decide; the budget of tokens, which the paper compares at, does.
 
 Holds when, at every budget, TidalDecode's mean accuracy is within 5 points of full attention's, its bits per byte are
 within 5 % of full attention's, and neither is worse than Quest's.
