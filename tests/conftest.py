@@ -167,3 +167,15 @@ def _llama2c_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes no time, and says nothing."""
+    from paucity.measure import probes
+
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"_STREAM": 1024, "_MATRIX": 16, "_MATRICES": 3, "_ROWS": (1, 4, 64), "_LENGTHS": (16, 32), "_KEYS": 64}
+    sizes |= {"_GROUPS": (1, 4), "_TOKENS": 8, "_WIDTH": 16, "_LAYERS": (1, 2)}
+    for name, value in (sizes | {"_LLAMA": llama | {"head_dim": 8, "vocab_size": 64}}).items():
+        monkeypatch.setattr(probes, name, value)

@@ -20,15 +20,18 @@ SHARED_FILES = {
     "__init__",
     "apply",
     "base",
+    "compute",
+    "crossover",
+    "influence",
     "interface",
+    "lemo_fit",
+    "lemo_layer",
+    "lemo_predict",
     "linear",
     "policy",
-    "compute",
-    "influence",
     "portable",
     "prompt",
     "rotary",
-    "crossover",
     "telemetry",
     "watch",
 }
@@ -46,8 +49,8 @@ def test_every_target_resolves_and_has_a_docstring_that_names_its_paper(name):
     assert method.paper in module.__doc__
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_options_with_documented_defaults(name):
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.step])
+def test_every_step_has_options_with_documented_defaults(name):
     options_for, apply_step = METHODS[name].installer()
     options = options_for(name)
     assert issubclass(options, BaseModel)
@@ -63,8 +66,15 @@ def test_operators_exist_and_claims_are_registered(name):
     assert set(METHODS[name].claims) <= set(CLAIMS)
 
 
+def test_a_method_that_is_no_step_is_refused_by_recipes():
+    method = Method("attention.watch:watch", family="attention", paper="0000.00000", title="A tool", step=False)
+    with pytest.raises(InputError, match=r"be one that a recipe can use, got attention.watch:watch, which is called"):
+        method.installer()
+
+
 def test_every_method_file_is_in_the_catalogue():
     files = {f"{f}.{p.stem}" for f in families() for p in (PACKAGE / f).glob("*.py") if p.stem not in SHARED_FILES}
+    files |= {f"{f}.{p.parent.name}" for f in families() for p in (PACKAGE / f).glob("*/__init__.py")}
     assert files == {method.target.partition(":")[0] for method in METHODS.values()}
 
 

@@ -46,6 +46,17 @@ def test_crossover_halves_the_longest_prompt(folder, tmp_path):
     assert "Faster than dense attention" in run("crossover", "sink_window", *options)
 
 
+def test_speculate_writes_what_the_dense_model_does(folder, tmp_path):
+    options = ("--model", folder, "--text", tmp_path / "text.py", "--prompt", 100, "--tokens", 12)
+    found = json.loads(run("speculate", "oracle_topk", *options, "--num-draft", 3, "--json"))
+    assert found["same_as_dense"] is True
+    assert 1 <= found["tokens_per_pass"] <= 4
+    assert 0 <= found["accepted"] <= 1
+    assert "same as dense: True" in run("speculate", "oracle_topk", *options)
+    with pytest.raises(InputError, match="draft must be a policy of decode steps, got sink_window"):
+        run("speculate", "sink_window", *options)
+
+
 def test_what_is_wrong_is_said_before_any_work(folder, tmp_path):
     options = ("--model", folder, "--text", tmp_path / "text.py")
     with pytest.raises(InputError, match="text must have at least 5000 tokens"):

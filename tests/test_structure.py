@@ -22,6 +22,8 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "pipeline": 8,
     "cli_output": 1,
     "cli_attention": 8,
+    "cli_kinetics": 8,
+    "kinetics": 5,
     "cli_study": 8,
     "cli": 9,
     "__main__": 10,
@@ -64,6 +66,8 @@ def test_public_names_have_docstrings():
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if any(isinstance(by, ast.Name) and by.id == "overload" for by in node.decorator_list):
+                    continue
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import InputError, check_choice
+from .checks import InputError, check_choice, fail
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Method:
         ops: names of the shared operators and kernels that it stands on.
         claims: names of the reproduced claims.
         package: the package that holds all this; a plug-in names its own.
+        step: whether a recipe can use it as a step; one that cannot is called from Python.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Method:
     ops: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     package: str = "paucity"
+    step: bool = True
 
     def load(self) -> Any:
         """The object at `target`, imported now."""
@@ -39,7 +41,15 @@ class Method:
         return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
 
     def installer(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """``(options_for, apply_step)`` of the family's ``apply`` module, imported now."""
+        """``(options_for, apply_step)`` of the family's ``apply`` module, imported now.
+
+        Raises:
+            InputError: if the method is no step of a recipe.
+        """
+        if not self.step:
+            raise fail(
+                "recipe", "method", "be one that a recipe can use", f"{self.target}, which is called from Python"
+            )
         module = importlib.import_module(f"{self.package}.{self.family}.apply")
         return module.options_for, module.apply_step
 
@@ -58,16 +68,20 @@ METHODS: dict[str, Method] = {
     "hierarchical": Method("attention.hierarchical:Hierarchical", family="attention", paper="2406.09827", title="A Training-Free Sub-Quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention", ops=("tree_select", "sparse_attention"), claims=("hip-beats-window", "hip-scaling")),
     "hyper": Method("attention.hyper:Hyper", family="attention", paper="2310.05869", title="HyperAttention: Long-context Attention in Near-Linear Time", ops=("hyperplane_codes", "gray_rank", "sparse_attention", "merge_attention"), claims=("hyper-scaling",)),
     "knorm": Method("attention.eviction.knorm:Knorm", family="attention", paper="2406.11430", title="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", ops=("decode_attention",)),
+    "lemo": Method("attention.lemo:LeMo", family="attention", paper="2501.09767", title="LeMo: Enabling LEss Token Involvement for MOre Context Fine-tuning", ops=("block_informativeness", "activation_informativeness", "keep_blocks", "subset", "segment_loss"), claims=("lemo-memory",), step=False),
     "longgen": Method("attention.longgen:LongGen", family="attention", paper="2410.01485", title="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts", ops=("num_kept", "sparse_attention"), claims=("longgen-hybrid",)),
     "magnitude": Method("weights.magnitude:magnitude_mask", family="weights", paper="1506.02626", title="Learning both Weights and Connections for Efficient Neural Networks", ops=("topk_mask", "global_topk_mask", "nm_mask"), claims=("wanda-beats-magnitude",)),
     "minference": Method("attention.minference:MInference", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("line_lists", "sparse_attention")),
     "moa": Method("attention.moa:MoA", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("drop_influence", "window_influence", "pareto_options", "sparse_attention"), claims=("moa-beats-uniform",)),
     "neighbourhood": Method("attention.neighbourhood:Neighbourhood", family="attention", paper="2504.16922", title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light", ops=("neighbourhood_mask", "simulate_speedup", "sparse_attention"), claims=("gna-simulator",)),
-    "oracle_topk": Method("attention.decode.oracle:OracleTopK", family="attention", paper="2506.05333", title="Kinetics: Rethinking Test-Time Scaling Laws", ops=("soft_capped", "decode_attention"), claims=("decode-sparser-than-prefill", "no-single-best", "threads-harder-than-needles")),
+    "oracle_topk": Method("attention.decode.oracle:OracleTopK", family="attention", paper="2506.05333", title="Kinetics: Rethinking Test-Time Scaling Laws", ops=("soft_capped", "decode_attention"), claims=("decode-sparser-than-prefill", "kinetics-attention-dominates", "kinetics-model-within-20-percent", "no-single-best", "threads-harder-than-needles")),
     "per_head": Method("attention.per_head:PerHead", family="attention", paper="2407.02490", title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", ops=("sparse_attention",)),
     "power": Method("attention.power:Power", family="attention", paper="2503.03588", title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention", ops=("is_power_of_two", "text_mask", "sparse_attention"), claims=("power-receptive-field",)),
+    "ppd": Method("attention.speculation.ppd:prompt_decode", family="attention", paper="2405.18628", title="Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference", ops=("sparse_attention",), claims=("ppd-accepts-more",), step=False),
     "refined_budgets": Method("attention.refine:RefinedBudgets", family="attention", paper="2501.15383", title="Qwen2.5-1M Technical Report", ops=("topk_indices", "sparse_attention", "merge_attention")),
+    "self_speculation": Method("attention.speculation.speculate:speculate", family="attention", paper="2408.11049", title="MagicDec: Breaking the Latency-Throughput Tradeoff for Long Context Generation with Speculative Decoding", ops=("decode_attention",), step=False),
     "sharded": Method("attention.sharded:Sharded", family="attention", paper="2407.17678", title="S2-Attention: Hardware-Aware Context Sharding Among Attention Heads", ops=("is_strided", "text_mask", "sparse_attention"), claims=("sharded-union",)),
+    "shared_llm": Method("attention.shared_llm:SharedLLM", family="attention", paper="2410.19318", title="Two are better than one: Context window extension with multi-grained self-injection", claims=("sharedllm-extends-context",), step=False),
     "sink_window": Method("attention.sink_window:SinkWindow", family="attention", paper="2309.17453", title="Efficient Streaming Language Models with Attention Sinks", ops=("sparse_attention",)),
     "spans": Method("attention.spans:Spans", family="attention", paper="2406.14909", title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", ops=("sparse_attention",)),
     "teal": Method("activations.teal:teal_mask", family="activations", paper="2408.14690", title="Training-Free Activation Sparsity in Large Language Models", ops=("threshold_mask", "topk_mask", "greedy"), claims=("wina-beats-teal",)),

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .checks import InputError
+from .checks import InputError, fail
 from .cli_attention import app as attention_app
+from .cli_kinetics import kinetics, machine_table, measure
 from .cli_output import Json, err, out, print_json, spinner
 from .cli_study import app as study_app
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True)
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
+app.command()(kinetics)
 app.add_typer(study_app, name="study")
 
 
@@ -90,18 +92,38 @@ def catalog(family: Annotated[str | None, typer.Option(help="One family only.")]
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Also measure what this machine can do, in about ten seconds.")
+    ] = False,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="JSON file of what was measured, for `paucity kinetics --machine`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Versions, device, active kernels."""
     from .report import environment
 
+    if target is not None and not measured:
+        raise fail("info", "--out", "come with --measure", target)
     facts = environment().model_dump(mode="json")
+    machine = None
+    if measured:
+        with spinner() as progress:
+            machine = measure(("bfloat16", "float32"), progress)
+        if target is not None:
+            machine.save(target)
     if as_json:
-        return print_json(facts)
+        return print_json(facts if machine is None else facts | {"machine": machine.model_dump(mode="json")})
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         for key, text in value.items() if isinstance(value, dict) else [(None, value)]:
             table.add_row(f"{name}: {key}" if key else name, str(text))
     out.print(table)
+    if machine is not None:
+        out.print(machine_table(machine))
+    if target is not None:
+        out.print(f"\nMachine: {target}", markup=False, soft_wrap=True)
 
 
 @app.command()

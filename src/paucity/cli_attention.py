@@ -127,6 +127,83 @@ def search(
     out.print(f"Policy: {target}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def speculate(
+    draft: Policy,
+    model: Model = "embedded",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 200,
+    prompt: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 4096,
+    num_draft: Annotated[int, typer.Option(min=1, help="Tokens drafted for each pass that verifies.")] = 4,
+    text: Text = "held_out_python",
+    as_json: Json = False,
+) -> None:
+    """Write with a sparse draft that the dense model verifies: what it accepts, and the time against dense decoding."""
+    from functools import partial
+
+    from .attention import DecodePolicy
+    from .attention.speculation import speculate as write
+    from .checks import fail
+    from .measure.cost import time_interleaved
+    from .measure.data import read_text
+    from .measure.tokens import check_context
+
+    policy = _options(draft)
+    if not isinstance(policy, DecodePolicy):
+        raise fail("attention speculate", "draft", "be a policy of decode steps", draft)
+    content = read_text(text, role="measure")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        loaded, ids = _prompt(model, content, prompt)
+        check_context("attention speculate", "prompt and tokens", loaded.model, prompt + tokens)
+        policy = policy.model_copy(update={"min_length": 0})
+        spoken = partial(
+            write, loaded.model, ids, draft=policy, num_draft=num_draft, max_new_tokens=tokens, eos_token_id=[]
+        )
+        progress(f"{tokens} tokens after {prompt}, dense and with a draft in turns")
+        done = spoken()
+        plain = partial(_decode, loaded, ids, tokens)
+        same = bool((done.tokens[:, prompt:].cpu() == plain().cpu()).all())
+        times = time_interleaved({"dense": plain, "speculation": spoken}, repeats=3)
+    row = {
+        "tokens_per_pass": done.tokens_per_step,
+        "accepted": done.acceptance,
+        "draft_density": done.draft_density,
+        "draft_seconds": done.draft_seconds,
+        "verify_seconds": done.verify_seconds,
+        "seconds": times.timings["speculation"].median,
+        "dense_seconds": times.timings["dense"].median,
+        "same_as_dense": same,
+    }
+    if as_json:
+        return print_json(row)
+    for name, value in row.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        out.print(f"{name.replace('_', ' ')}: {shown}", highlight=False)
+
+
+def _decode(loaded: "Loaded", ids: "Tensor", tokens: int) -> "Tensor":
+    """Greedy decoding ``[1, tokens]`` without a draft."""
+    from .measure.cost import decode, prefill
+
+    return decode(loaded.model, *prefill(loaded.model, ids), tokens)
+
+
+def _prompt(model: str, content: str, tokens: int) -> "tuple[Loaded, Tensor]":
+    """The model, and the first tokens of a text ``[1, tokens]``."""
+    import torch
+
+    from .checks import fail
+    from .measure.tokens import encode, leading_ids
+    from .models.load import load
+
+    loaded = load(model)
+    tokenizer = loaded.need_tokenizer("attention")
+    ids = [*leading_ids(tokenizer), *encode(tokenizer, content)]
+    if len(ids) < tokens:
+        raise fail("attention", "text", f"have at least {tokens} tokens", len(ids))
+    return loaded, torch.tensor([ids[:tokens]])
+
+
 def _options(name: str) -> Any:
     """The policy or search called ``name``, or in the file of that name."""
     from .attention.portable import options_from, read_mapping

@@ -15,9 +15,9 @@ from .attention import AppliedAttention, AppliedDecode, AppliedEviction, observe
 from .checks import InputError, fail
 from .kernels.dispatch import dense_runs
 from .measure import cost, quality, retrieval
-from .measure.decoding import decoded_bits_per_byte
+from .measure.continuation import continuation
 from .measure.flops import flops
-from .measure.memory import MEGABYTE, peak_memory_mb
+from .measure.memory import MEGABYTE, cache_bytes, peak_memory_mb
 from .measure.prompts import TASKS
 from .measure.tokens import context_length, encode, leading_ids
 from .models.applied import Combined
@@ -175,20 +175,24 @@ def _quality(
 
 
 def _decoded(plan: Plan, model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
-    """Quality of what is read from the cache, token by token, and its memory."""
+    """Quality of what is read from the cache, token by token, and the memory of the cache."""
     measure = plan.measure
     limit = context_length(model) or measure.prefill_tokens + measure.decoded_tokens
-    found = decoded_bits_per_byte(
+    context = min(measure.prefill_tokens, limit - measure.decoded_tokens)
+    found = continuation(
         model,
         tokenizer,
         text,
-        context=min(measure.prefill_tokens, limit - measure.decoded_tokens),
+        length=context + measure.decoded_tokens,
         num_tokens=measure.decoded_tokens,
-        num_prompts=measure.decoded_prompts,
+        num_windows=measure.decoded_prompts,
+        mode="generate",
         seed=plan.seed,
     )
-    cache = found.cache_bytes / MEGABYTE
-    return {"decoded_bits_per_byte": found.bits_per_byte.value, "decoded_context": found.context, "cache_mb": cache}
+    assert found.bits_per_byte is not None  # a text was given
+    _, cache = cost.prefill(model, plan.prompt[:, :context])
+    held = cache_bytes(cache) / MEGABYTE
+    return {"decoded_bits_per_byte": found.bits_per_byte.value, "decoded_context": context, "cache_mb": held}
 
 
 def _densities(applied: Combined) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .grid import Grid
 from .hierarchical import Hierarchical
 from .hyper import Hyper
 from .influence import Influence, influence
+from .lemo import AppliedLeMo, LeMo
 from .longgen import LongGen
 from .minference import HeadChoice, MInference
 from .moa import MoA
@@ -28,8 +29,10 @@ from .power import Power
 from .prompt import Prompt
 from .refine import RefinedBudgets
 from .sharded import Sharded
+from .shared_llm import SharedLLM, SharedOptions, SharedTraining
 from .sink_window import SinkWindow
 from .spans import Spans
+from .speculation import Speculation, prompt_decode, speculate
 from .telemetry import LayerTelemetry, observe
 from .tri_shape import TriShape
 from .vertical_slash import VerticalSlash
@@ -41,6 +44,7 @@ __all__ = [
     "AppliedAttention",
     "AppliedDecode",
     "AppliedEviction",
+    "AppliedLeMo",
     "Attended",
     "BlockSparse",
     "BlockTopK",
@@ -59,6 +63,7 @@ __all__ = [
     "Influence",
     "Knorm",
     "LayerTelemetry",
+    "LeMo",
     "LongGen",
     "MInference",
     "MoA",
@@ -75,9 +80,13 @@ __all__ = [
     "Read",
     "RefinedBudgets",
     "Sharded",
+    "SharedLLM",
+    "SharedOptions",
+    "SharedTraining",
     "SinkWindow",
     "Spans",
     "SparseLayer",
+    "Speculation",
     "Store",
     "TriShape",
     "VerticalSlash",
@@ -91,9 +100,11 @@ __all__ = [
     "look",
     "neighbourhood_attention",
     "observe",
+    "prompt_decode",
     "record",
     "remove",
     "save_policy",
+    "speculate",
     "to_json",
     "watch",
 ]

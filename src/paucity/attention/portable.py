@@ -19,8 +19,9 @@ Policy = PrefillPolicy | DecodePolicy | EvictionPolicy
 
 
 def methods() -> dict[str, catalog.Method]:
-    """The attention methods of the catalogue, those of plug-ins included."""
-    return {name: method for name, method in sorted(catalog.METHODS.items()) if method.family == FAMILY}
+    """The attention methods of the catalogue that are steps of a recipe, those of plug-ins included."""
+    steps = ((name, method) for name, method in sorted(catalog.METHODS.items()) if method.step)
+    return {name: method for name, method in steps if method.family == FAMILY}
 
 
 def options_for(method: str) -> type[Policy] | type[PolicySearch]:

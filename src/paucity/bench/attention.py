@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..kernels.attention import Pattern, sparse_attention
 from ..measure.cost import time_interleaved
+from ..measure.machine import least_seconds
 from ..ops.formats.block import BlockMask
 from ..ops.formats.stripes import KeyLists, Window
 from . import BenchRow, pages
-from .machine import least_seconds
 
 SHAPE = {"batch": 1, "heads": 8, "tokens": 8192, "dim": 64}
 BLOCK = 128

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.codes import decode_codes
+from ..measure.machine import least_seconds
 from ..ops.formats import Codes
 from . import BenchRow, kernel_row
-from .machine import least_seconds
 
 TOKENS, DICT_SIZE, DIM, K = 4096, 16384, 768, 32
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.linear import input_major, packed_linear, sparse_input_linear
+from ..measure.machine import least_seconds
 from ..ops.formats import PackedBitmask, PackedGroups, PackedNM
 from ..ops.select import block_topk_mask, nm_mask, topk_mask
 from . import BenchRow, kernel_row
-from .machine import least_seconds
 
 IN, OUT = 4096, 11008
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.decode import decode_attention
+from ..measure.machine import least_seconds
 from . import BenchRow, kernel_row
-from .machine import least_seconds
 
 SHAPE = {"heads": 32, "group_heads": 8, "keys": 32768, "dim": 128}
 PAGE = 32

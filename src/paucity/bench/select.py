@@ -5,8 +5,8 @@ from functools import partial
 import torch
 
 from ..kernels.select import statistical_topk, topk
+from ..measure.machine import least_seconds
 from . import BenchRow, kernel_row
-from .machine import least_seconds
 
 SHAPES = {"statistical": (4096, 16384, 819), "topk": (4096, 16384, 32), "topk_long": (1, 131072, 64)}
 

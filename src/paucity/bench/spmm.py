@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.spmm import sparse_conv1x1
+from ..measure.machine import least_seconds
 from ..ops.formats import PackedCSR
 from ..ops.select import topk_mask
 from . import BenchRow, kernel_row
-from .machine import least_seconds
 
 CHANNELS, SIZE = 256, 56
 

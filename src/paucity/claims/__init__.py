@@ -56,6 +56,21 @@ CLAIMS: dict[str, Claim] = {
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
     ),
+    "kinetics-attention-dominates": Claim(
+        "kinetics_attention_dominates",
+        "2506.05333",
+        "In test-time scaling reading keys and values costs more than the parameters do, most of all in small models.",
+    ),
+    "kinetics-model-within-20-percent": Claim(
+        "kinetics_model_within_20_percent",
+        "2506.05333",
+        "The cost model tells the seconds of decode steps and prefills on a measured machine to within 20 %.",
+    ),
+    "lemo-memory": Claim(
+        "lemo_memory",
+        "2501.09767",
+        "Fine-tuning on long texts without the uninformative tokens takes much less memory, at a loss as good.",
+    ),
     "longgen-hybrid": Claim(
         "longgen_hybrid",
         "2410.01485",
@@ -82,15 +97,26 @@ CLAIMS: dict[str, Claim] = {
         "2503.03588",
         "What PowerAttention reaches doubles with every layer; a window of equal cost reaches its own length farther.",
     ),
+    "ppd-accepts-more": Claim(
+        "ppd_accepts_more",
+        "2405.18628",
+        "With trained prompt tokens, a dynamic sparse tree accepts more tokens a pass than other trees, losslessly.",
+    ),
     "sharded-union": Claim(
         "sharded_union",
         "2407.17678",
         "Heads with different shards see the whole context together, and keep more than heads with one shard for all.",
     ),
+    "sharedllm-extends-context": Claim(
+        "sharedllm_extends_context",
+        "2410.19318",
+        "Trained on short contexts, SharedLLM predicts after ones 16 times as long better than without them and than a "
+        "streaming window of equal memory, at less time and memory than full attention.",
+    ),
     "threads-harder-than-needles": Claim(
         "threads_harder_than_needles",
         "2411.05000",
-        "Following a thread through a long text is harder than finding a needle, and no easier the longer the thread.",
+        "Following a thread through a long text is harder than finding a needle, and harder the longer the thread.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .tokens import device_of
@@ -35,6 +36,29 @@ def peak_memory_mb(function: Callable[[], object], *, model: nn.Module | None = 
     device = torch.device("cpu") if model is None else device_of(model)
     added = _cuda_peak(function, device) if device.type == "cuda" else _cpu_peak(function)
     return (held + added) / MEGABYTE
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a transformers cache holds, shared storages once."""
+    seen: dict[int, int] = {}
+    for layer in getattr(cache, "layers", ()):
+        _storages(vars(layer), seen)
+    return sum(seen.values())
+
+
+def _storages(value: object, seen: dict[int, int]) -> None:
+    """Storages of the tensors in nested containers and plain objects of ours."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, dict):
+        for each in value.values():
+            _storages(each, seen)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _storages(each, seen)
+    elif hasattr(value, "__dict__") and type(value).__module__.startswith("paucity."):
+        _storages(vars(value), seen)
 
 
 def _cuda_peak(function: Callable[[], object], device: torch.device) -> int:

@@ -2,9 +2,9 @@
 
 import platform
 from importlib import metadata
-from pathlib import Path
 
 from ..kernels import dispatch
+from ..kernels.cpu import cpu_name
 from .schema import Environment
 
 
@@ -18,7 +18,7 @@ def environment() -> Environment:
         torch=torch.__version__,
         transformers=_version("transformers"),
         platform=platform.platform(),
-        cpu=_cpu(),
+        cpu=cpu_name(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),
         kernels=dispatch.status(),
@@ -30,13 +30,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu() -> str:
-    """The processor's name; Linux tells it in ``/proc/cpuinfo`` only."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
