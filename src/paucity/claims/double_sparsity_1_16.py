@@ -16,8 +16,9 @@ import time
 from typing import Any
 
 from ..attention import DoubleSparsity, apply
+from ..measure.continuation import continuation
 from ..measure.data import held_out_python, read_text
-from ..measure.decoding import Decoded, decoded_bits_per_byte, relative_change
+from ..measure.quality import Quality, relative_change
 from ..models.calibration import calibration_batches
 from ..models.load import Loaded, load
 from . import CLAIMS
@@ -55,18 +56,20 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         seed=seed,
     )
 
-    def bits() -> Decoded:
+    def bits() -> Quality:
         prompts = QUICK_TEXT_PROMPTS if quick else TEXT_PROMPTS
-        return decoded_bits_per_byte(
+        return continuation(
             *(model, tokenizer, text),
-            context=length - TEXT_TOKENS - 1,
+            length=length,
             num_tokens=TEXT_TOKENS,
-            num_prompts=prompts,
+            num_windows=prompts,
+            mode="generate",
             seed=seed,
         )
 
     sizes: dict[str, Any] = {"length": length, "num_prompts": num_prompts, "seed": seed}
     dense, dense_bits = decoded_accuracy(loaded, None, TASKS, text, **sizes)[0], bits()
+    assert dense_bits.bits_per_byte is not None  # a text was given
     rows, good = [], []
     for share in QUICK_SHARES if quick else SHARES:
         policy = DoubleSparsity(channel_share=share, density=DENSITY, min_length=0).fit(model, calibration)

@@ -23,8 +23,9 @@ import time
 
 from ..attention import Quest, StreamingDecode, Tidal, apply
 from ..attention.decode import DecodePolicy
+from ..measure.continuation import continuation
 from ..measure.data import held_out_python
-from ..measure.decoding import Decoded, decoded_bits_per_byte, relative_change
+from ..measure.quality import Quality, relative_change
 from ..measure.retrieval import retrieval_accuracy
 from ..models.load import Loaded, load
 from . import CLAIMS
@@ -66,13 +67,17 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     loaded = loaded or load("embedded")
     model, tokenizer, text = loaded.model, loaded.need_tokenizer(NAME), held_out_python()[:NUM_CHARACTERS]
     num_prompts, num_texts = (QUICK_PROMPTS, QUICK_TEXTS) if quick else (NUM_PROMPTS, NUM_TEXTS)
-    context = LENGTH - NUM_TOKENS - 1
 
-    def measure(policy: DecodePolicy | None) -> tuple[dict[str, float], Decoded]:
+    def measure(policy: DecodePolicy | None) -> tuple[dict[str, float], Quality]:
         applied = None if policy is None else apply(model, policy)
         try:
-            decoded = decoded_bits_per_byte(
-                model, tokenizer, text, context=context, num_tokens=NUM_TOKENS, num_prompts=num_texts, seed=seed
+            decoded = continuation(
+                *(model, tokenizer, text),
+                length=LENGTH,
+                num_tokens=NUM_TOKENS,
+                num_windows=num_texts,
+                mode="generate",
+                seed=seed,
             )
             found = {
                 task: retrieval_accuracy(
@@ -84,8 +89,9 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         finally:
             if applied is not None:
                 applied.remove()
-        accuracy = statistics.mean(found.values())
-        return found | {"mean_accuracy": accuracy, "bits": decoded.bits_per_byte.value, "density": density}, decoded
+        assert decoded.bits_per_byte is not None  # a text was given
+        accuracy, bits = statistics.mean(found.values()), decoded.bits_per_byte.value
+        return found | {"mean_accuracy": accuracy, "bits": bits, "density": density}, decoded
 
     full, dense = measure(None)
     rows: list[dict[str, object]] = []
