@@ -43,11 +43,11 @@ ANSWERED, TASKS, NUM_PROMPTS, KEPT, FINALISTS = (4096, 8192), ("passkey", "key_v
 OPTIONS: dict[str, dict[str, Any]] = {
     "streaming_decode": {"num_sinks": 4, "window_size": 1020},
     "quest": {"num_keys": 1024},
-    "tidal": {"num_keys": 1024},
+    "tidal": {"num_keys": 1024, "reselect_layers": [4, 12]},
     "block_topk_decode": {"num_keys": 1024},
     "double_sparsity": {"num_keys": 1024},
     "paged_selection": {"num_keys": 1024},
-    "hierarchical_decode": {"num_keys": 1024},
+    "hierarchical_decode": {"k": 1024},
 }
 
 
