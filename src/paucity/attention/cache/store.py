@@ -13,7 +13,7 @@ from .packed import Packed
 Allocate = Callable[[Tensor, int], Tensor]
 """From a tensor and a number of entries to a buffer ``[entries, ...]`` of zeros, of its dtype and for its entries."""
 
-_ROOM, _SHARE = 64, 16
+_ROOM, _SHARE = 16, 32
 
 
 def in_memory(like: Tensor, entries: int) -> Tensor:
