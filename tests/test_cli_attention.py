@@ -58,7 +58,8 @@ def test_speculate_writes_what_the_dense_model_does(folder, tmp_path):
 
 
 def test_heads_are_listed_by_score(folder, tmp_path):
-    options = ("--model", folder, "--text", tmp_path / "text.py", "--longest", 900, "--depths", 1)
+    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 160)
+    options = ("--model", folder, "--text", tmp_path / "text.py", "--longest", 3300, "--depths", 1)
     rows = json.loads(run("heads", *options, "--json"))
     assert sorted((row["layer"], row["head"]) for row in rows) == [(i, j) for i in range(2) for j in range(4)]
     scores = [row["score"] for row in rows]
