@@ -2,7 +2,7 @@ import pytest
 
 from paucity.checks import InputError
 from paucity.study import Knob, Line, Study, default_study
-from paucity.study.methods import causal_keys, known_methods, phase_of
+from paucity.study.methods import METHODS_AT, causal_keys, phase_of
 from paucity.study.worker import build
 
 
@@ -49,14 +49,14 @@ def test_what_is_wrong_is_one_line(study, fields, message):
 
 
 def test_the_default_studies():
-    assert {line.method for line in default_study().methods} == set(known_methods())
+    assert {line.method for line in default_study().methods} == set(METHODS_AT)
     quick = default_study(quick=True, methods=["knorm"])
     assert quick.phases == ("decode",)
     assert quick.num_prompts < default_study().num_prompts
     assert {line.phase for line in default_study(quick=True).methods} == {"prefill", "decode"}
 
 
-@pytest.mark.parametrize("method", known_methods())
+@pytest.mark.parametrize("method", METHODS_AT)
 @pytest.mark.parametrize("budget", [0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("length", [128, 1000, 32768])
 def test_every_budget_gives_valid_options(method, budget, length):

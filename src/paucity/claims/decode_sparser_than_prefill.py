@@ -16,7 +16,7 @@ from typing import Any
 
 from ..measure.data import held_out_python
 from ..models.load import Loaded, load
-from ..study.methods import PHASES, Phase, known_methods
+from ..study.methods import PHASES, Phase
 from ..study.plan import DENSE, Study
 from ..study.results import Row, summarize
 from ..study.verdict import KEPT, sparsest
@@ -27,7 +27,7 @@ from .base import ClaimResult
 NAME = "decode-sparser-than-prefill"
 METHODS: dict[Phase, tuple[str, ...]] = {
     "prefill": ("vertical_slash", "block_topk", "hierarchical"),
-    "decode": ("quest", "block_topk_decode", "snapkv", "oracle_topk"),
+    "decode": ("quest", "block_topk_decode", "snapkv"),
 }
 TASKS = ("key_value", "multi_value")
 BUDGETS, QUICK_BUDGETS = (0.02, 0.05, 0.1, 0.2), (0.05, 0.2)
@@ -47,8 +47,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     started = time.monotonic()
     loaded = loaded or load("embedded")
     length, num_prompts = (QUICK_LENGTH, QUICK_PROMPTS) if quick else (LENGTH, NUM_PROMPTS)
-    known = {phase: [name for name in METHODS[phase] if name in known_methods()] for phase in PHASES}
-    methods = {phase: names[: QUICK_METHODS if quick else None] for phase, names in known.items()}
+    methods = {phase: METHODS[phase][: QUICK_METHODS if quick else None] for phase in PHASES}
     plan = Study.build(
         model=loaded.source,
         methods=[name for names in methods.values() for name in names],

@@ -16,7 +16,7 @@ from typing import Any
 from ..measure.data import held_out_python
 from ..measure.stats import ratio_interval, share_change
 from ..models.load import Loaded, load
-from ..study.methods import PHASES, Phase, known_methods
+from ..study.methods import PHASES, Phase
 from ..study.plan import DENSE, PERPLEXITY, Cell, Study
 from ..study.verdict import SLACK
 from ..study.worker import Worker
@@ -26,7 +26,7 @@ from .base import ClaimResult
 NAME = "no-single-best"
 METHODS: dict[Phase, tuple[str, ...]] = {
     "prefill": ("vertical_slash", "tri_shape", "block_topk", "hierarchical"),
-    "decode": ("quest", "snapkv", "streaming_decode", "knorm", "oracle_topk"),
+    "decode": ("quest", "snapkv", "streaming_decode", "knorm"),
 }
 TASKS, QUICK_TASKS = ("key_value", "multi_value", "copying", PERPLEXITY), ("copying", PERPLEXITY)
 BUDGETS, QUICK_BUDGETS = (0.03, 0.1), (0.05,)
@@ -47,8 +47,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     started = time.monotonic()
     loaded = loaded or load("embedded")
     length, num_prompts = (QUICK_LENGTH, QUICK_PROMPTS) if quick else (LENGTH, NUM_PROMPTS)
-    known = {phase: [name for name in METHODS[phase] if name in known_methods()] for phase in PHASES}
-    methods = {phase: names[: QUICK_METHODS if quick else None] for phase, names in known.items()}
+    methods = {phase: METHODS[phase][: QUICK_METHODS if quick else None] for phase in PHASES}
     plan = Study.build(
         model=loaded.source,
         methods=[name for names in methods.values() for name in names],

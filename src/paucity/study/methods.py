@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..attention import PolicySearch, PrefillPolicy
-from ..attention.portable import methods, options_for
+from ..attention.portable import options_for
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -171,11 +171,6 @@ METHODS_AT: dict[str, Callable[[float, int], Options]] = {
     "xattention": _xattention,
 }
 """Options by method, as functions of the budget and of the length of the prompt in tokens."""
-
-
-def known_methods() -> list[str]:
-    """The methods of `METHODS_AT` that the catalogue has."""
-    return [name for name in METHODS_AT if name in methods()]
 
 
 def phase_of(method: str) -> Phase:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..checks import check_choice, fail
 from ..measure.prompts import TASKS
 from ..recipe import one_line, read_yaml
-from .methods import METHODS_AT, PHASES, Knob, Options, Phase, known_methods, phase_of
+from .methods import METHODS_AT, PHASES, Knob, Options, Phase, phase_of
 
 PERPLEXITY, LM_EVAL, COST, DENSE = "perplexity", "lm-eval:", "cost", "dense"
 Count = Annotated[int, Field(ge=1)]
@@ -183,9 +183,8 @@ class Study(_Strict):
 
 QUICK_METHODS: dict[Phase, tuple[str, ...]] = {
     "prefill": ("sink_window", "vertical_slash", "block_topk", "hierarchical"),
-    "decode": ("quest", "snapkv", "streaming_llm", "oracle_topk"),
+    "decode": ("quest", "snapkv", "streaming_llm"),
 }
-"""Of these the first four, and the first three, that the catalogue has."""
 QUICK: dict[str, Any] = {
     "tasks": ("key_value", "multi_value", PERPLEXITY),
     "budgets": (0.03, 0.1, 0.3),
@@ -209,13 +208,9 @@ def default_study(*, quick: bool = False, **fields: Any) -> Study:
     """
     given = {name: value for name, value in fields.items() if value is not None}
     known: dict[Phase, tuple[str, ...]] = {
-        phase: tuple(name for name in known_methods() if phase_of(name) == phase) for phase in PHASES
+        phase: tuple(name for name in METHODS_AT if phase_of(name) == phase) for phase in PHASES
     }
-    few: dict[Phase, tuple[str, ...]] = {
-        phase: tuple(name for name in QUICK_METHODS[phase] if name in known[phase])[: 4 if phase == "prefill" else 3]
-        for phase in PHASES
-    }
-    table = few if quick else known
+    table = QUICK_METHODS if quick else known
     if "phases" not in given and "methods" in given:
         named = {phase_of(name) for name in given["methods"]}
         given["phases"] = tuple(phase for phase in PHASES if phase in named)
