@@ -295,7 +295,7 @@ def test_bad_input(monkeypatch):
         PerHead(choices=choices, assignment=[1])
     assert model.config._attn_implementation == "eager"
     with monkeypatch.context() as patched:
-        patched.setitem(apply.__globals__, "find_rotary", lambda model, layer: 1 // (1 - layer))
+        patched.setattr("paucity.attention.install.find_rotary", lambda model, layer: 1 // (1 - layer))
         with pytest.raises(ZeroDivisionError):
             apply(model, policy("sink_window", "sparse"))
     with monkeypatch.context() as patched:
@@ -305,5 +305,5 @@ def test_bad_input(monkeypatch):
     assert model.config._attn_implementation == "eager"
     assert not any(hasattr(module, ATTRIBUTE) for module in model.modules())
     apply(model, policy("sink_window", "sparse"))
-    with pytest.raises(InputError, match="model must carry no policy yet"):
+    with pytest.raises(InputError, match="model must carry no prefill policy yet"):
         apply(model, policy("sink_window", "sparse"))

@@ -66,6 +66,7 @@ def uninstall(model: nn.Module, kind: str) -> None:
     if not any(site.decode or site.eviction for site in sites):
         for module in modules:
             _unhook(module)
+            getattr(module, ATTRIBUTE).cached = None
     if sites and not any(site.in_force for site in sites):
         for module in modules:
             delattr(module, ATTRIBUTE)

@@ -130,6 +130,7 @@ def attention(
     if not causal or (attention_mask is not None and attention_mask.ndim != 2):
         if site is not None:
             count_dense(site, layer, prompted, "mask of another kind")
+        key, value = (key, value) if layer is None else layer.whole(key, value)
         return _dense(module, query, key, value, attention_mask, scale, softcap, dropout, causal), None
     seen = key.shape[2] if layer is None else layer.seen
     padding, window, dropped = _read_mask(attention_mask, len(query), seen)
@@ -138,6 +139,8 @@ def attention(
         prompt = Prompt(site.layer, scale, softcap, window, num_layers=site.num_layers, rotary=site.rotary)
         if layer is not None and not (prompted and layer.policy is None):
             out = attend_cached(site, layer, query, prompt, padding, dropout)
+        if out is None and layer is not None:
+            key, value = layer.whole(key, value)
         if out is None and prompted:
             out = _by_policy(site, query, key, value, prompt, padding, dropped, dropout)
     if out is None:

@@ -88,8 +88,9 @@ def take_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         return
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     site.cached, reason = _own_layer(cache, site.layer)
-    if site.cached is not None and site.cached.policy is not None:
-        if site.eviction is None or site.eviction.policy != site.cached.policy:
+    if site.cached is not None:
+        evicted = site.cached.policy is not None
+        if evicted and (site.eviction is None or site.eviction.policy != site.cached.policy):
             raise InputError("cache: model must carry the eviction policy that the cache is from, got another or none.")
         site.cached.expected = True
     if reason is not None:

@@ -44,23 +44,29 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append ``[B, H_kv, T, D]``; all that is cached, ``[B, H_kv, seen, D]``, or the new alone after an eviction.
+        """Append ``[B, H_kv, T, D]``; all that is cached, ``[B, H_kv, seen, D]``.
+
+        Attention of ours, which asks the layer itself, is given a new token alone; so is every one after an eviction.
 
         Raises:
             InputError: if something was evicted and the model does not carry the policy that did so.
         """
         if self.policy is not None and not self.expected:
             raise InputError("cache: model must carry the eviction policy that the cache is from, got none.")
-        self.expected = False
+        alone, self.expected = self.expected and key_states.shape[2] == 1, False
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
         first = not self.seen
         self.store.append(key_states, value_states, self.seen)
         self.seen += key_states.shape[2]
-        if first or self.policy is not None:
-            return key_states, value_states
+        return (key_states, value_states) if first or alone else self.whole(key_states, value_states)
+
+    def whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All that is cached, ``[B, H_kv, seen, D]``; what was given where it is that, or something was evicted."""
         store = self.store
+        if store is None or self.policy is not None or key.shape[2] == self.seen:
+            return key, value
         return (
             store.rectangle(store.keys, store.starts, store.lengths),
             store.rectangle(store.values, store.starts, store.lengths),
