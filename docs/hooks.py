@@ -32,6 +32,10 @@ def methods() -> str:
                     f"### `{name}`\n",
                     f"*{method.title}*, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}).\n",
                 ]
+                if not method.step:
+                    target = f"{method.package}.{method.target.replace(':', '.')}"
+                    parts.append(f"No step of a recipe; called from Python: `{target}`.\n")
+                    continue
                 parts += ["| option | default | what it is |", "|---|---|---|"]
                 options = method.installer()[0](name)
                 said = attributes(options)
