@@ -252,8 +252,8 @@ def test_packed_entries_come_back_and_are_attended_to(bits):
 
 def test_bad_options():
     for kind, options, message in (
-        (SnapKV, {"kernel_size": 4}, "snapkv: kernel_size must be odd, got 4"),
-        (PyramidKV, {"kernel_size": 2}, "pyramidkv: kernel_size must be odd, got 2"),
+        (SnapKV, {"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        (PyramidKV, {"kernel_size": 2}, "kernel_size must be odd, got 2"),
         (StreamingLLM, {"num_keys": 4}, r"streaming_llm: num_keys must be above num_sinks \(4\), got 4"),
         (Quantised, {"bits": 3}, "Input should be 4 or 8"),
         (Quantised, {"policy": StreamingLLM()}, "quantised: policy must have no attention of its own"),

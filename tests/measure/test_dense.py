@@ -34,8 +34,10 @@ def test_a_step_is_that_of_transformers():
 def test_a_step_can_be_repeated():
     model = random_llama(torch.bfloat16, context=64, **SIZES)
     step = decode_step(model, 5, batch=3)
-    for _ in range(4):  # there is room for one token
-        step()
+    first = step()
+    assert first.shape == (3, 1, 64)
+    for _ in range(3):  # there is room for one token
+        assert torch.equal(step(), first)
 
 
 def test_prefill_is_causal():

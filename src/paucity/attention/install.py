@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..checks import check_int, fail
+from ..models.text_config import text_config
 from .interface import NAME, attention, attention_mask
 from .rotary import find_rotary
 from .site import ATTRIBUTE, Site, take_cache_layer
@@ -42,7 +43,7 @@ def install(
         check_int("apply", "layers", layer, 0)
         if layer not in modules:
             raise fail("apply", "layers", f"be among the {len(modules)} attention layers", layer)
-    config = _text_config(model)
+    config = text_config(model)
     heads = config.num_attention_heads
     check_model(list(modules), heads, getattr(config, "num_key_value_heads", None) or heads)
     applied = make(sorted(modules if layers is None else set(layers)))
@@ -70,7 +71,7 @@ def uninstall(model: nn.Module, kind: str) -> None:
     if sites and not any(site.in_force for site in sites):
         for module in modules:
             delattr(module, ATTRIBUTE)
-        _set_implementation(model, sites[0].implementation)
+        set_implementation(model, sites[0].implementation)
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -96,13 +97,13 @@ def _register(model: nn.Module, modules: dict[int, nn.Module]) -> dict[int, Site
     """Let the model call our attention; a site for each module."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
-    before = str(_text_config(model)._attn_implementation)
+    before = str(text_config(model)._attn_implementation)
     sites: dict[int, Site | None] = {
         layer: Site(layer, len(modules), find_rotary(model, layer), before) for layer in modules
     }
-    _set_implementation(model, NAME)
-    if _text_config(model)._attn_implementation != NAME:
-        _set_implementation(model, before)
+    set_implementation(model, NAME)
+    if text_config(model)._attn_implementation != NAME:
+        set_implementation(model, before)
         raise fail("apply", "model", "use transformers' attention interface", type(model).__name__)
     for layer, module in modules.items():
         setattr(module, ATTRIBUTE, sites[layer])
@@ -141,12 +142,8 @@ def _unhook(module: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()  # type: ignore[operator, union-attr]
-
-
-def _set_implementation(model: nn.Module, name: str) -> None:
+def set_implementation(model: nn.Module, name: str) -> None:
     """Set the attention of the language model; towers for images or sound keep theirs."""
-    config, text = model.config, _text_config(model)
+    config, text = model.config, text_config(model)
     keys = [key for key in config.sub_configs if getattr(config, key) is text]  # type: ignore[union-attr]
     model.set_attn_implementation({keys[0]: name} if keys else name)  # type: ignore[operator]

@@ -19,6 +19,7 @@ from pydantic import Field, SerializeAsAny, field_serializer, field_validator, m
 from torch import Tensor, nn
 
 from ..checks import check_int, fail
+from ..models.text_config import text_config
 from ..ops.select import num_kept
 from .policy import PolicySearch, PrefillPolicy
 from .portable import from_json, to_json
@@ -63,7 +64,7 @@ class LongGen(PolicySearch):
         Raises:
             InputError: if ``full_layers`` has one that the model does not have.
         """
-        num_layers: int = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+        num_layers: int = text_config(model).num_hidden_layers
         for layer in self.full_layers or ():
             check_int("longgen", "full_layers", layer, 0, num_layers - 1)
         chosen = full_layers(num_layers, share=self.full_share, placement=self.placement)

@@ -13,7 +13,6 @@ tokenizer (`RetrievalHeads.fit`), a stretch of text that is begun again at the e
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -22,6 +21,7 @@ from transformers import DynamicCache
 
 from ..checks import fail
 from ..measure.tokens import Progress, check_context, context_length, device_of, evaluating, forward
+from ..models.text_config import text_config
 from .apply import apply
 from .cache.cached import Cached
 from .decode.needles import Needle, copy_prompts
@@ -120,7 +120,7 @@ def retrieval_scores(model: nn.Module, needles: Sequence[Needle], *, on_progress
     """
     if not needles:
         raise fail("retrieval_scores", "needles", "hold at least one prompt", "none")
-    heads = _text_config(model).num_attention_heads
+    heads = text_config(model).num_attention_heads
     watch = _Watch()
     applied = apply(model, watch)
     layers = max(applied.layers) + 1
@@ -151,10 +151,6 @@ def _score(model: nn.Module, watch: _Watch, needle: Needle, layers: int, heads: 
     return score / needle.num_answer
 
 
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()  # type: ignore[operator, union-attr]
-
-
 def _num_kv_heads(model: nn.Module) -> int:
-    config = _text_config(model)
+    config = text_config(model)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

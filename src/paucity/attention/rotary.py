@@ -15,10 +15,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..models.text_config import text_config
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def find_rotary(model: nn.Module, layer: int) -> Rotary | None:
     path, module = _attention_at(model, layer)
     if module is None or not _half_split(module) or (turns := _turns(module)) is None:
         return None
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(model)
     if getattr(config, "qk_rope_head_dim", None):
         return None
     kinds = getattr(config, "layer_types", None)

@@ -1,6 +1,7 @@
 """What an attention module carries of the policies in force on its model, and the cache layer that it works with."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .prefill import AppliedAttention
 
 ATTRIBUTE = "attention_policies"
+_MOST_WAITING = 256
 
 
 @dataclass
@@ -56,24 +58,46 @@ class Counts:
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
+        self._waiting: list[tuple[int, int, Callable[[], tuple[Tensor, Tensor]]]] = []
         self.dense: Counter[str] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()  # what is waiting cannot be saved
+        return self.__dict__
 
     def add(self, layer: int, heads: int, kept: Tensor, whole: Tensor) -> None:
         """Add what was kept, ``[B, 1 or heads]``, and what there was, ``[B, 1]``."""
-        total = whole.sum().double()
-        if total:
-            self._kept[layer] = self._kept.get(layer, torch.zeros(())) + kept.double().sum(0).expand(heads).cpu()
-            self._whole[layer] = self._whole.get(layer, torch.zeros(())) + total.cpu()
+        self.later(layer, heads, lambda: (kept, whole))
+
+    def later(self, layer: int, heads: int, count: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Add what ``count`` gives, as for `add`; not at once, but many together, as it would slow every step."""
+        self._waiting.append((layer, heads, count))
+        if len(self._waiting) == _MOST_WAITING:
+            self._settle()
 
     def shares(self) -> dict[int, Tensor]:
         """Share of each head ``[heads]`` float64, by layer."""
+        self._settle()
         return {layer: self._kept[layer] / self._whole[layer] for layer in sorted(self._kept)}
 
     def clear(self) -> None:
         """Start anew."""
+        self._waiting.clear()
         self._kept.clear()
         self._whole.clear()
         self.dense.clear()
+
+    def _settle(self) -> None:
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        for layer, heads, count in self._waiting:
+            kept, whole = count()
+            alike.setdefault((layer, heads, kept.shape, whole.shape, kept.device), []).append((kept, whole))
+        for (layer, heads, *_), pairs in alike.items():
+            kept, whole = (torch.stack(part).double().cpu() for part in zip(*pairs, strict=True))
+            if whole.any():
+                self._kept[layer] = self._kept.get(layer, torch.zeros(())) + kept.sum((0, 1)).expand(heads)
+                self._whole[layer] = self._whole.get(layer, torch.zeros(())) + whole.sum()
+        self._waiting.clear()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

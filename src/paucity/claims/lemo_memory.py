@@ -39,6 +39,7 @@ from ..measure.memory import peak_memory_mb
 from ..measure.tokens import context_length, encode, evaluating
 from ..models.load import Loaded, load
 from ..models.segmented import SegmentedLoss
+from ..models.text_config import text_config
 from . import CLAIMS
 from .base import ClaimResult
 
@@ -123,7 +124,7 @@ class _Run:
 def _plans(model: nn.Module, texts: list[Tensor], length: int, quick: bool) -> dict[str, Fitted | None]:
     """How each variant drops tokens; fitted on texts of the half that is tuned on. Quickly, the main one alone."""
     block = min(64, max(1, length // 8))
-    layers: int = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    layers: int = text_config(model).num_hidden_layers
     options = LeMo(
         block_size=block, segment=SEGMENT, attention_sparsity=ATTENTION_SPARSITY, mlp_sparsity=MLP_SPARSITY, steps=200
     )

@@ -18,6 +18,7 @@ from ..attention import needle_prompts, retrieval_scores
 from ..measure.data import held_out_python
 from ..measure.tokens import context_length
 from ..models.load import Loaded, load
+from ..models.text_config import text_config
 from . import CLAIMS
 from .base import ClaimResult
 
@@ -50,7 +51,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     loaded = loaded or load("embedded")
     lengths, num_depths = (QUICK_LENGTHS, QUICK_DEPTHS) if quick else (LENGTHS, NUM_DEPTHS)
     scores = head_scores(loaded, held_out_python(), lengths=lengths, num_depths=num_depths, seed=seed)
-    config = loaded.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(loaded.model)
     kv_heads = getattr(config, "num_key_value_heads", None) or scores.shape[1]
     above = scores > THRESHOLD
     by_kv_head = above.view(len(scores), kv_heads, -1).any(-1)

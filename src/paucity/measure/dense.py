@@ -120,16 +120,20 @@ def random_llama(dtype: torch.dtype, *, context: int, seed: int = 0, **sizes: in
     return model.eval()
 
 
-def decode_step(model: nn.Module, length: int, *, batch: int = 1) -> Callable[[], object]:
-    """A function that runs one decode step of ``batch`` sequences of ``length`` cached tokens, again at every call."""
+def decode_step(model: nn.Module, length: int, *, batch: int = 1) -> Callable[[], Tensor]:
+    """A function that runs one decode step of ``batch`` sequences of ``length`` cached tokens, again at every call.
+
+    It gives the logits [batch, 1, vocabulary].
+    """
     device = next(model.parameters()).device
     cache = filled_cache(model.config, length, batch=batch, room=1, device=str(device))
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
-    def step() -> None:
+    def step() -> Tensor:
         for layer in cache.layers:
             layer.rewind(length)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits
 
     return step

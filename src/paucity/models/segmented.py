@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..checks import InputError, check_int, fail
 from ..ops.segment_loss import segment_loss
+from .text_config import text_config
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -93,7 +94,7 @@ class SegmentedLoss:
 
     def _logits(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(rows).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        cap = getattr(text_config(self.model), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _row_loss(self, rows: Tensor, target: Tensor) -> Tensor:

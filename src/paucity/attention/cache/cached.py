@@ -21,7 +21,7 @@ class Cached:
         starts: ``[B, H_kv]`` int64, where they begin.
         lengths: ``[B, H_kv]`` int64, entries of each.
         num_seen: tokens that the cache has seen, padding and evicted ones included.
-        num_text: ``[B]`` int64, tokens of each row's text, evicted ones included.
+        first: ``[B]`` int64, which of those the text of each row begins with; None is 0, the first of all.
         memory: what a policy remembers of this layer from step to step; forgotten when tokens are taken back, evicted
             or when the rows of the batch change.
         shared: the same for all layers of the cache together.
@@ -31,10 +31,17 @@ class Cached:
     starts: Tensor
     lengths: Tensor
     num_seen: int
-    num_text: Tensor
+    first: Tensor | None
     memory: dict[str, Any]
     shared: dict[str, Any]
     _indexes: dict[str, PageIndex]
+
+    @property
+    def num_text(self) -> Tensor:
+        """``[B]`` int64, tokens of each row's text, evicted ones included."""
+        if self.first is None:
+            return self.lengths.new_full((len(self.lengths),), self.num_seen)
+        return self.num_seen - self.first
 
     @property
     def longest(self) -> int:
@@ -119,15 +126,18 @@ class Cached:
             skip: entries at the start of every list that are left out; pages count from there.
         """
         shape = (*self.starts.shape, *self.store.keys.shape)
-        skipped = self.lengths.clamp(max=skip)
+        starts, lengths = self.starts, self.lengths
+        if skip:
+            skipped = lengths.clamp(max=skip)
+            starts, lengths = starts + skipped, lengths - skipped
         out, lse = decode_attention(
             query,
             self.store.keys.expand(shape),
             self.store.values.expand(*shape[:3], self.store.values.shape[-1]),
             pages,
             page_size=page_size,
-            lengths=self.lengths - skipped,
-            starts=self.starts + skipped,
+            lengths=lengths,
+            starts=starts,
             scale=prompt.scale,
             softcap=prompt.softcap,
             window=prompt.window,

@@ -81,13 +81,9 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         assert self.store is not None
         starts, lengths = self.store.starts, self.store.lengths
-        if first is None:
-            first = starts.new_zeros(len(starts))
-        elif self.policy is None:
+        if first is not None and self.policy is None:
             starts, lengths = starts + first.unsqueeze(-1), lengths - first.unsqueeze(-1)
-        return Cached(
-            self.store, starts, lengths, self.seen, self.seen - first, self.memory, self.shared, self._indexes
-        )
+        return Cached(self.store, starts, lengths, self.seen, first, self.memory, self.shared, self._indexes)
 
     def evict(self, keep: Tensor, starts: Tensor, policy: Any) -> None:
         """Drop all entries but those of ``keep`` ``[B, H_kv, L]`` bool, by place from ``starts`` ``[B, H_kv]`` on."""

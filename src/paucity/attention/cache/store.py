@@ -83,13 +83,17 @@ class Store:
         tokens = key.shape[2]
         if tokens > self.room:
             self._move(self._all(), self.lengths, tokens + max(_ROOM, self.longest // _SHARE))
-        within = torch.arange(tokens, device=key.device)
-        at = ((self.starts + self.lengths).unsqueeze(-1) + within).flatten()
+        at = (self.starts + self.lengths).flatten()
+        if tokens == 1:
+            self.positions.index_fill_(0, at, position)
+        else:
+            within = torch.arange(tokens, dtype=torch.int32, device=key.device)
+            at = (at.unsqueeze(-1) + within).flatten()
+            self.positions.index_copy_(0, at, (position + within).repeat(self.lengths.numel()))
         self.keys.index_copy_(0, at, key.detach().reshape(-1, key.shape[-1]))
         self.values.index_copy_(0, at, value.detach().reshape(-1, value.shape[-1]))
-        self.positions[at] = (position + within).int().repeat(self.lengths.numel())
         for extra in self.extras.values():
-            extra[at] = 0
+            extra.index_fill_(0, at, 0)
         self.lengths, self.room = self.lengths + tokens, self.room - tokens
 
     def keep(self, mask: Tensor, starts: Tensor) -> None:

@@ -1,6 +1,6 @@
 """A decode policy in force on a model: which cached keys a step reads, and what was counted while it did."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,17 +37,21 @@ class AppliedDecode:
             reason = "paused"
         elif cached.longest < self.policy.min_length:
             reason = "cache shorter than min_length"
-        heads = cached.lengths.shape[1]
-        whole = cached.lengths if prompt.window is None else cached.lengths.clamp(max=prompt.window)
+        lengths, window = cached.lengths, prompt.window
+        heads = lengths.shape[1]
+
+        def share(read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+            whole = lengths if window is None else lengths.clamp(max=window)
+            return read().clamp(max=whole) * heads, whole.sum(-1, keepdim=True)
+
         if reason is not None:
             self.counts.dense[reason] += 1
-            self.counts.add(prompt.layer, heads, whole * heads, whole.sum(-1, keepdim=True))
+            self.counts.later(prompt.layer, heads, lambda: share(lambda: lengths))
             return cached.attend(query, prompt)
-        out, kept, seconds = self.policy.attend(query, cached, prompt)
-        self.select_seconds += seconds
-        kept = kept.clamp(max=whole)
-        self.counts.add(prompt.layer, heads, kept * heads, whole.sum(-1, keepdim=True))
-        return out
+        read = self.policy.attend(query, cached, prompt)
+        self.select_seconds += read.select_seconds
+        self.counts.later(prompt.layer, heads, lambda: share(read.counted))
+        return read.out
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...checks import fail
 from ...models.sites import find_sites
+from ...models.text_config import text_config
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def masked_heads(model: nn.Module, heads: Iterable[tuple[int, int]]) -> Iterator
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
-    num_heads = model.config.get_text_config().num_attention_heads  # type: ignore[operator, union-attr]
+    num_heads = text_config(model).num_attention_heads
     sites = {site.layer: site.module for site in find_sites(model, "o") if site.name.endswith(".weight")}
     for layer, gone in by_layer.items():
         if layer not in sites or not all(0 <= head < num_heads for head in gone):

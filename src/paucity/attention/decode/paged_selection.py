@@ -66,15 +66,21 @@ class PagedSelection(DecodePolicy):
     def select(self, query: Tensor, cached: Cached, prompt: Prompt) -> Pages:
         """The best pages, those begun since they were chosen, and what streaming heads read."""
         streaming = self.streaming[prompt.layer] if self.streaming else []
-        last = ((cached.lengths - 1) // self.page_size).unsqueeze(-1)
         choice = refreshed(self, cached, self.reselect_every, lambda: self._best(query, cached, prompt))
-        begun = torch.arange(-(-(self.reselect_every - 1) // self.page_size), device=query.device)
-        begun = begun + ((choice.lengths - 1) // self.page_size + 1).unsqueeze(-1)
-        numbers = torch.cat([choice.numbers, begun.where(begun <= last, -1)], dim=-1)
-        if streaming:
-            near = stream_pages(cached.lengths, self.num_sinks, self.window_size, self.page_size)
-            numbers = by_head(streaming, near, numbers)
-        return Pages(numbers, self.page_size)
+        before, until, pages = cached.memory.get("pages", (None, 0, None))
+        if before is not choice or cached.num_seen >= until:
+            last = ((cached.lengths - 1) // self.page_size).unsqueeze(-1)
+            begun = torch.arange(-(-(self.reselect_every - 1) // self.page_size), device=query.device)
+            begun = begun + ((choice.lengths - 1) // self.page_size + 1).unsqueeze(-1)
+            numbers = torch.cat([choice.numbers, begun.where(begun <= last, -1)], dim=-1)
+            left = self.page_size - (cached.lengths - 1) % self.page_size  # tokens until a list begins a page
+            if streaming:
+                near = stream_pages(cached.lengths, self.num_sinks, self.window_size, self.page_size)
+                numbers, left = by_head(streaming, near, numbers), torch.ones_like(left)
+            pages = Pages(numbers, self.page_size)
+            cached.memory["pages"] = choice, cached.num_seen + (int(left.min()) if left.numel() else 1), pages
+        found: Pages = pages
+        return found
 
     def _best(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """The last page of each list and the best of the others."""

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,13 +25,18 @@ class Read(NamedTuple):
 
     Attributes:
         out: ``[B, H, Tq, Dv]``.
-        kept: ``[B, H_kv]`` int64, entries of each list that were read.
+        counted: gives `kept`, which few steps need at once.
         select_seconds: time spent on choosing; on a GPU only that of the launches.
     """
 
     out: Tensor
-    kept: Tensor
+    counted: Callable[[], Tensor]
     select_seconds: float
+
+    @property
+    def kept(self) -> Tensor:
+        """``[B, H_kv]`` int64, entries of each list that were read."""
+        return self.counted()
 
 
 class DecodePolicy(BaseModel, ABC):
@@ -69,15 +74,15 @@ class DecodePolicy(BaseModel, ABC):
             whole = prompt.layer < self.dense_layers or not cached.lengths.numel()
             pages = None if whole else self.select(query.detach(), cached, prompt)
         seconds = time.perf_counter() - started
-        short = cached.lengths < self.min_length
         if pages is None:
-            return Read(cached.attend(query, prompt), cached.lengths, seconds)
-        out, kept = cached.attend(query, prompt, *pages), num_read(pages, cached.lengths, prompt.window)
+            return Read(cached.attend(query, prompt), lambda: cached.lengths, seconds)
+        out, short = cached.attend(query, prompt, *pages), cached.lengths < self.min_length
         if bool(short.any()):  # some rows of a batch: they read everything, as they would alone
             dense = cached.attend(query, prompt)
             each = short.repeat_interleave(query.shape[1] // short.shape[1], dim=1)[..., None, None]
-            out, kept = torch.where(each, dense, out), torch.where(short, cached.lengths, kept)
-        return Read(out, kept, seconds)
+            out = torch.where(each, dense, out)
+        lengths, window = cached.lengths, prompt.window
+        return Read(out, lambda: torch.where(short, lengths, num_read(pages, lengths, window)), seconds)
 
     def check_model(self, layers: Sequence[int], num_heads: int, num_kv_heads: int) -> None:
         """Raise InputError if the policy is for another model than one with these layers and heads."""
@@ -87,6 +92,8 @@ def num_read(pages: Pages, lengths: Tensor, window: int | None = None) -> Tensor
     """Entries of each list on the listed pages, ``[B, H_kv]`` int64; with a window, those within it."""
     size, ends = pages.page_size, lengths.unsqueeze(-1)
     first = pages.numbers.long() * size
-    low = first if window is None else torch.maximum(first, ends - window)
-    counts = (torch.minimum(first + size, ends) - low).clamp(min=0)
-    return counts.masked_fill(pages.numbers < 0, 0).sum(-1).expand_as(lengths)
+    if window is None:
+        counts = (ends - first).clamp(min=0, max=size)
+    else:
+        counts = (torch.minimum(first + size, ends) - torch.maximum(first, ends - window)).clamp(min=0)
+    return counts.masked_fill(first < 0, 0).sum(-1).expand_as(lengths)

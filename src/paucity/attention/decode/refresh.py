@@ -22,6 +22,22 @@ class Choice(NamedTuple):
     lengths: Tensor
 
 
+class _Held(NamedTuple):
+    """A choice as it is remembered.
+
+    Attributes:
+        policy: what chose.
+        choice: what it chose.
+        chosen_at: ``[B, H_kv]`` int64, tokens of the text at the time; -1 where a choice was not needed.
+        due: tokens seen when the first list must choose again.
+    """
+
+    policy: DecodePolicy
+    choice: Choice
+    chosen_at: Tensor
+    due: int
+
+
 def refreshed(policy: DecodePolicy, cached: Cached, every: int, choose: Callable[[], Tensor]) -> Choice:
     """The last choice of each list, or a new one where that is ``every`` tokens old or was not needed.
 
@@ -34,23 +50,24 @@ def refreshed(policy: DecodePolicy, cached: Cached, every: int, choose: Callable
         every: tokens that a choice holds for.
         choose: gives ``[B, H_kv, n]``; asked at most once.
     """
+    held: _Held | None = cached.memory.get("choice")
+    held = held if held is not None and held.policy == policy else None
+    if held is not None and cached.num_seen < held.due:
+        return held.choice
     now = cached.num_text.unsqueeze(-1).expand_as(cached.lengths)
-    owner, old, chosen_at = cached.memory.get("choice", (None, None, None))
-    if owner != policy:
-        due, chosen_at = torch.ones_like(now, dtype=torch.bool), now
-    else:
-        due = (chosen_at < 0) | (now - chosen_at >= every)
-    if owner != policy or bool(due.any()):
-        numbers, lengths = choose(), cached.lengths
-        if owner == policy:
-            numbers, before = same_width(numbers, old.numbers)
-            numbers = torch.where(due.unsqueeze(-1), numbers, before)
-            lengths = torch.where(due, lengths, old.lengths)
-        chosen_at = torch.where(due, now, chosen_at).masked_fill(cached.lengths < policy.min_length, -1)
-        old = Choice(numbers, lengths)
-        cached.memory["choice"] = policy, old, chosen_at
-    found: Choice = old
-    return found
+    numbers, lengths, chosen_at = choose(), cached.lengths, now
+    if held is not None:
+        due = (held.chosen_at < 0) | (now - held.chosen_at >= every)
+        numbers, before = same_width(numbers, held.choice.numbers)
+        numbers = torch.where(due.unsqueeze(-1), numbers, before)
+        lengths, chosen_at = (
+            torch.where(due, new, old) for new, old in ((lengths, held.choice.lengths), (chosen_at, held.chosen_at))
+        )
+    chosen_at = chosen_at.masked_fill(cached.lengths < policy.min_length, -1)
+    left = (every - (now - chosen_at)).where(chosen_at >= 0, 1)
+    choice, due_at = Choice(numbers, lengths), cached.num_seen + (int(left.min()) if left.numel() else 1)
+    cached.memory["choice"] = _Held(policy, choice, chosen_at, due_at)
+    return choice
 
 
 def same_width(*numbers: Tensor) -> list[Tensor]:

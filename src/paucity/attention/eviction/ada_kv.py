@@ -9,16 +9,16 @@ of the even budget, and the rest is competed for. Heads here are KV heads; what 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from pydantic import Field, SerializeAsAny, field_serializer, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import EvictionPolicy, best
 from .snapkv import SnapKV
+from .wrapped import Wrapped, with_budget_of
 
 
 class AdaKV(EvictionPolicy):
@@ -30,19 +30,8 @@ class AdaKV(EvictionPolicy):
         safeguard: share of the even budget that every head keeps.
     """
 
-    policy: SerializeAsAny[EvictionPolicy] = SnapKV()
+    policy: Wrapped = SnapKV()
     safeguard: float = Field(0.2, ge=0, le=1)
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _policy(cls, value: Any) -> Any:
-        return wrapped(value)
-
-    @field_serializer("policy")
-    def _plain(self, value: EvictionPolicy) -> dict[str, Any]:
-        from ..portable import to_json
-
-        return to_json(value)
 
     @property
     def inner(self) -> EvictionPolicy:
@@ -81,15 +70,3 @@ class AdaKV(EvictionPolicy):
     def settled(self, cached: Cached, prompt: Prompt) -> bool:
         """Whether the heads together are within their budget."""
         return bool((cached.lengths.sum(-1) <= self.allowance(cached, prompt).sum(-1)).all())
-
-
-def wrapped(value: Any) -> Any:
-    """An option that is a policy, from a policy or from a mapping."""
-    from ..portable import from_json
-
-    return from_json(value) if isinstance(value, dict) else value
-
-
-def with_budget_of(outer: EvictionPolicy, policy: EvictionPolicy) -> EvictionPolicy:
-    """``policy`` with the budget of another one that wraps it."""
-    return policy.model_copy(update={"num_keys": outer.num_keys, "density": outer.density, "every": outer.every})

@@ -54,9 +54,14 @@ class AppliedEviction:
                     layer.evict(keep, cached.starts, self.policy)
             if layer.policy is not None:
                 self.policy.put_away(layer.store)
-        text = cached.num_text.unsqueeze(-1)
-        kept, heads = torch.minimum(layer.store.num_entries, text), layer.store.lengths.shape[1]
-        self.counts.add(prompt.layer, heads, kept * heads, text * heads)
+        entries = layer.store.num_entries
+        heads = entries.shape[1]
+
+        def share() -> tuple[Tensor, Tensor]:
+            text = cached.num_text.unsqueeze(-1)
+            return torch.minimum(entries, text) * heads, text * heads
+
+        self.counts.later(prompt.layer, heads, share)
 
     def remove(self) -> None:
         """Take the policy off; with the last one the attention that the model had is restored."""

@@ -8,14 +8,13 @@ Differences: grouped queries and short turns as in `snapkv`. A layer whose text 
 rest unused. With ``layers`` the line is still one over all layers of the model.
 """
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from ...checks import fail
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import EvictionPolicy
-from .votes import Pooling, window_votes
+from .votes import Kernel, Pooling, window_votes
 
 
 class PyramidKV(EvictionPolicy):
@@ -30,15 +29,8 @@ class PyramidKV(EvictionPolicy):
 
     beta: float = Field(20.0, ge=1)
     window_size: int = Field(8, ge=1)
-    kernel_size: int = Field(7, ge=1)
+    kernel_size: Kernel = 7
     pooling: Pooling = "max"
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise fail("pyramidkv", "kernel_size", "be odd", value)
-        return value
 
     @property
     def lookback(self) -> int:

@@ -11,9 +11,9 @@ torch's own quantised tensors are deprecated and its packed 4-bit ones cannot be
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...checks import fail
@@ -21,9 +21,9 @@ from ...kernels.attention.merge import merge_attention
 from ..cache.cached import Cached
 from ..cache.store import Store
 from ..prompt import Prompt
-from .ada_kv import with_budget_of, wrapped
 from .knorm import Knorm
 from .policy import EvictionPolicy
+from .wrapped import Wrapped, with_budget_of
 
 
 class Quantised(EvictionPolicy):
@@ -38,21 +38,10 @@ class Quantised(EvictionPolicy):
     """
 
     density: float | None = Field(1.0, gt=0, le=1)
-    policy: SerializeAsAny[EvictionPolicy] = Knorm()
+    policy: Wrapped = Knorm()
     bits: Literal[4, 8] = 4
     group_size: int = Field(32, ge=1)
     num_recent: int = Field(128, ge=1)
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _policy(cls, value: Any) -> Any:
-        return wrapped(value)
-
-    @field_serializer("policy")
-    def _plain(self, value: EvictionPolicy) -> dict[str, Any]:
-        from ..portable import to_json
-
-        return to_json(value)
 
     @model_validator(mode="after")
     def _plain_attention(self) -> "Quantised":

@@ -3,22 +3,21 @@
 Paper: Li et al. 2024, https://arxiv.org/abs/2404.14469, Sec. 4 and Listing 1: the attention that the last
 ``window_size`` queries pay to each earlier key is summed and pooled over neighbouring keys; the best keys of each head
 stay, and the window itself. A fact is kept as far as the kernel reaches from where the question looks: for answers of
-several tokens it must be about as wide as they are. The default is that of the paper's long texts (7, greatest);
-authors' code and kvpress fall back to 5 and the mean.
+several tokens it must be about as wide as they are. The default (7, greatest) is what the authors run LongBench with;
+their code and kvpress fall back to 5 and the mean.
 
 Differences: with grouped queries the votes of the heads that share a KV head are averaged, so that keys are never
 repeated; of a turn shorter than the window, the last queries of the turn before vote, too. ``every`` goes on voting
 with the newest queries during generation, which the paper does not.
 """
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from ...checks import fail
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import EvictionPolicy
-from .votes import Pooling, window_votes
+from .votes import Kernel, Pooling, window_votes
 
 
 class SnapKV(EvictionPolicy):
@@ -31,15 +30,8 @@ class SnapKV(EvictionPolicy):
     """
 
     window_size: int = Field(64, ge=1)
-    kernel_size: int = Field(7, ge=1)
+    kernel_size: Kernel = 7
     pooling: Pooling = "max"
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise fail("snapkv", "kernel_size", "be odd", value)
-        return value
 
     @property
     def lookback(self) -> int:

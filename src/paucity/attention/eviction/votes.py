@@ -1,16 +1,29 @@
 """Votes of the last queries of a prompt for the entries before them, as SnapKV and PyramidKV have them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...checks import fail
 from ..cache.cached import Cached
 from ..prompt import Prompt
 from .policy import by_group, probabilities
 
+
+def _odd(kernel_size: int) -> int:
+    if kernel_size % 2 == 0:
+        raise fail("window_votes", "kernel_size", "be odd", kernel_size)
+    return kernel_size
+
+
+Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+"""Keys over which votes are pooled."""
+
 Pooling = Literal["avg", "max"]
+"""Their mean or their greatest."""
 
 
 def window_votes(

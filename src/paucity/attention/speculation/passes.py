@@ -19,9 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from ...checks import fail
 from ...kernels.attention import sparse_attention
 from ...measure.tokens import context_length
+from ...models.text_config import text_config
 from ...ops.formats.block import BlockMask
 from .. import interface
-from ..install import _set_implementation, _text_config
+from ..install import set_implementation
 from ..site import ATTRIBUTE, Site
 from .tree import tree_pattern, tree_positions
 
@@ -62,13 +63,13 @@ def tree_passes(model: nn.Module) -> Iterator[None]:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, interface.attention_mask)
     before = _implementation(model)
-    _set_implementation(model, NAME)
+    set_implementation(model, NAME)
     try:
         if _implementation(model) != NAME:
             raise fail("tree_passes", "model", "use transformers' attention interface", type(model).__name__)
         yield
     finally:
-        _set_implementation(model, before)
+        set_implementation(model, before)
 
 
 def tree_pass(
@@ -179,4 +180,4 @@ def attention(
 def _implementation(model: nn.Module) -> str:
     if not hasattr(model, "set_attn_implementation"):
         raise fail("tree_passes", "model", "be a Hugging Face model", type(model).__name__)
-    return str(_text_config(model)._attn_implementation)
+    return str(text_config(model)._attn_implementation)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ...checks import check_int, check_ndim, check_range, fail
 from ...measure.tokens import Progress, device_of, evaluating
+from ...models.text_config import text_config
 from .lessons import embed, guesses, lesson
 from .passes import tree_passes
 
@@ -158,7 +159,7 @@ def accept_probabilities(
 
 def _initial(model: nn.Module, num_prompts: int, num_ensemble: int, generator: torch.Generator) -> PromptTokens:
     """Embeddings of tokens drawn at random."""
-    size = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    size = text_config(model).vocab_size
     drawn = torch.randint(size, (num_prompts, num_ensemble), generator=generator)
     return PromptTokens(embed(model, drawn.to(device_of(model))).float())
 
