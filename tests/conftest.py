@@ -17,7 +17,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import nn
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, torch.get_num_threads() // _WORKERS)))  # threads that wait for a core take longest
 
 _COMMON = {
     "hidden_size": 32,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from paucity.bench import BENCHES, evict
+from paucity.bench import BENCHES, evict, kvpress
 from paucity.models.load import Loaded, byte_tokenizer
 
 STAND_IN = """
@@ -36,12 +36,12 @@ def small(tiny_model, monkeypatch):
     monkeypatch.setattr(evict, "held_out_python", lambda: "def f(x):\n    return x\n" * 200)
     for name, value in (SMALL | {"LENGTH": 1200}).items():
         monkeypatch.setattr(evict, name, value)
-    monkeypatch.delenv(evict.VARIABLE, raising=False)
+    monkeypatch.delenv(kvpress.VARIABLE, raising=False)
 
 
 def test_without_kvpress_it_is_dense_that_is_compared_with(small, monkeypatch):
     assert "evict" in BENCHES
-    monkeypatch.setattr(evict.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kvpress.importlib.util, "find_spec", lambda name: None)
     rows = evict.run()
     assert [row.bench for row in rows] == [f"evict.{name}.50" for name in evict.METHODS]
     assert all(row.ratio > 0 and row.baseline == "dense" and "bits per byte" in row.ours for row in rows)
@@ -50,7 +50,7 @@ def test_without_kvpress_it_is_dense_that_is_compared_with(small, monkeypatch):
 def test_a_peer_answers_the_same_prompts_in_turns(small, tmp_path, monkeypatch):
     (tmp_path / "kvpress.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv(evict.VARIABLE, sys.executable)
+    monkeypatch.setenv(kvpress.VARIABLE, sys.executable)
     monkeypatch.setattr(evict, "METHODS", {name: evict.METHODS[name] for name in ("ada_kv", "knorm")})
     names = ["evict.ada_kv.50", "evict.kvpress.ada_kv.50", "evict.knorm.50", "evict.kvpress.knorm.50", "evict.kvpress"]
     rows = evict.run()

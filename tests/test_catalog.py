@@ -43,6 +43,7 @@ SHARED_FILES = {
     "site",
     "telemetry",
     "votes",
+    "wrapped",
     "watch",
 }
 SHARED_PACKAGES = {"cache", "shared_llm", "speculation"}

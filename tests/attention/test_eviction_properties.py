@@ -49,7 +49,7 @@ def test_table_has_every_method():
     assert list(ROWS) == METHODS
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gpt2", "llama", "mistral"])
 @methods
 def test_full_budget_is_dense_step_by_step_and_removal_is_exact(kind, method):
     model, ids = model_of(kind), tokens(33, 2)
@@ -101,7 +101,7 @@ def test_memory_is_that_of_the_entries(method):
         assert store.lengths.max() <= BUDGET * 2
 
 
-@pytest.mark.parametrize("kind", ["gemma2"])  # with Qwen3's normed keys the norms of `knorm` are all equal
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # with Qwen3's normed keys the norms of `knorm` are all equal
 @methods
 def test_rows_of_a_padded_batch_are_as_alone(kind, method):
     model, long, short = model_of(kind), tokens(40 + STEPS), tokens(29 + STEPS, seed=1)

@@ -1,26 +1,17 @@
 """Compression of a prompt's cache against kvpress at equal budgets, in turns in one run; without kvpress against dense.
 
-kvpress wants a transformers of its own, so it may live in another environment: `PAUCITY_KVPRESS_PYTHON` names that
-environment's Python; without it, this one's is asked for kvpress. Both libraries read the same prompts, of the embedded
-model saved as an ordinary folder, cut the cache once after the prompt to the same number of entries, and answer in the
-same way: facts asked for at the end of the prompt, and the bits per byte of a text's continuation. Times are of prompt
-and compression, and of the steps that follow.
+Both libraries read the same prompts, of the embedded model saved as an ordinary folder, cut the cache once after the
+prompt to the same number of entries, and answer in the same way: facts asked for at the end of the prompt, and the bits
+per byte of a text's continuation. Times are of prompt and compression, and of the steps that follow. All keys of a
+prompt are attended to on both sides: by our kernel (`flash`), which a user would put beside an eviction policy, by SDPA
+with kvpress and where nothing is evicted.
 """
 
-import contextlib
-import importlib.util
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +19,11 @@ from torch import nn
 
 from ..attention import (
     AdaKV,
+    AppliedAttention,
     AppliedEviction,
     EvictionPolicy,
     ExpectedAttention,
+    Flash,
     Knorm,
     SnapKV,
     SparseLayer,
@@ -41,13 +34,13 @@ from ..attention import (
 from ..measure.after_prompt import Case, after_prompt, continuation_cases, retrieval_cases
 from ..measure.cost import decode, prefill
 from ..measure.data import held_out_python
-from ..models.load import Loaded, load
+from ..models.load import load
 from . import BenchRow
+from .kvpress import kvpress_peer
 
 DENSITIES = (0.25, 0.1)
 TASKS, NUM_PROMPTS, NUM_TEXTS, CONTINUED = ("passkey", "key_value"), 8, 4, 256
 LENGTH, TIMED, ROUNDS, STEPS = 2048, 4096, 5, 32
-VARIABLE = "PAUCITY_KVPRESS_PYTHON"
 SNAPKV = SnapKV(window_size=64, kernel_size=5, pooling="avg")  # as kvpress has it
 METHODS: dict[str, tuple[Callable[[float], EvictionPolicy], str, dict[str, Any], bool]] = {
     "ada_kv": (lambda density: AdaKV(policy=SNAPKV, density=density), "SnapKVPress", {}, True),
@@ -82,18 +75,18 @@ class Side:
 
 
 class Ours:
-    """A policy of ours, or none."""
+    """A policy of ours with prompts by our exact kernel, or neither."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.applied: AppliedEviction | None = None
+        self.applied: list[AppliedAttention | AppliedEviction] = []
         self.state: tuple[torch.Tensor, Any] = (torch.empty(0), None)
 
     def use(self, policy: EvictionPolicy | None) -> None:
         """Put a policy in the place of the one before."""
-        if self.applied is not None:
-            self.applied.remove()
-        self.applied = None if policy is None else apply(self.model, policy)
+        for applied in self.applied:
+            applied.remove()
+        self.applied = [] if policy is None else [apply(self.model, policy), apply(self.model, Flash())]
 
     def answer(self, cases: Sequence[Case]) -> list[tuple[bool, float]]:
         """(right, bits) of each case."""
@@ -110,42 +103,6 @@ class Ours:
         started = time.perf_counter()
         decode(self.model, *self.state, num_tokens)
         return time.perf_counter() - started
-
-
-class Theirs:
-    """kvpress in a process of its own."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-
-    def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        """Send a job, wait for the result."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"do": do} | job) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"kvpress: the peer must answer, got exit status {self.process.wait()}.")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def use(self, name: str | None, options: dict[str, Any], heads: bool) -> None:
-        """Put a press in the place of the one before."""
-        self.ask("press", name=name, options=options, heads=heads)
-
-    def answer(self, cases: Sequence[Case]) -> list[tuple[bool, float]]:
-        """(right, bits) of each case."""
-        return [tuple(one) for one in self.ask("cases", cases=[asdict(case) for case in cases])["outcomes"]]
-
-    def prefill(self, prompt: Sequence[int]) -> tuple[float, int]:
-        """Seconds, and bytes of the cache."""
-        found = self.ask("prefill", prompt=list(prompt))
-        return float(found["seconds"]), int(found["bytes"])
-
-    def decode(self, num_tokens: int) -> float:
-        """Seconds of steps after the last prompt."""
-        return float(self.ask("decode", num_tokens=num_tokens)["seconds"])
 
 
 def run() -> list[BenchRow]:
@@ -185,37 +142,6 @@ def cache_bytes(cache: Any) -> int:
         else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )
-
-
-def kvpress_python() -> str | None:
-    """A Python that has kvpress, if one is known."""
-    named = os.environ.get(VARIABLE)
-    return named or (sys.executable if importlib.util.find_spec("kvpress") is not None else None)
-
-
-@contextmanager
-def kvpress_peer(loaded: Loaded) -> Iterator[Theirs | None]:
-    """Kvpress with the same model, in a process of its own; None where it is not installed."""
-    python = kvpress_python()
-    if python is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        loaded.model.save_pretrained(folder)  # type: ignore[operator]
-        # As a command, not as a file: the modules beside it would stand before those of the standard library.
-        script = Path(__file__).with_name("kvpress_peer.py").read_text(encoding="utf-8")
-        with subprocess.Popen(
-            [python, "-c", script, folder, str(torch.get_num_threads())],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            try:
-                yield Theirs(process)
-            finally:
-                with contextlib.suppress(BrokenPipeError):  # it ended before, and has said why
-                    process.communicate()
 
 
 def _measure(
