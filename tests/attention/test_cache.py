@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from paucity.attention import Knorm, OracleTopK, Quest, StreamingDecode, Tidal
+from paucity.attention import Knorm, OracleTopK, Quest, StreamingDecode, Tidal, Tova
 from paucity.attention.apply import apply, remove
 from paucity.attention.cache import SparseLayer
 from paucity.attention.cache.page_index import PageIndex
@@ -259,3 +259,61 @@ def test_a_sparse_model_drafts_for_the_dense(chosen):
     verifying = apply(model, OracleTopK(num_keys=100, min_length=0))
     assert torch.equal(model.generate(ids, assistant_model=drafting, **options), dense)
     verifying.remove()
+
+
+def contrastive_search(model, input_ids, stopping_criteria, generation_config, **options):
+    """Su et al. 2022: of the likeliest tokens the one least like the text so far; for `generate`, which left it out."""
+    cache, mask = options["past_key_values"], options.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    count, alpha, rows = generation_config.top_k, generation_config.penalty_alpha, len(input_ids)
+
+    def read(ids, mask):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        return out.logits[:, -1], out.hidden_states[-1]
+
+    logits, hidden = read(input_ids, mask)
+    done = torch.zeros(rows, dtype=torch.bool)
+    while not done.all():
+        prob, candidates = logits.softmax(-1).topk(count)
+        cache.batch_repeat_interleave(count)
+        longer = torch.nn.functional.pad(mask.bool(), (0, 1), value=True)
+        logits, new = read(candidates.view(-1, 1), longer.long().repeat_interleave(count, 0))
+        alike = torch.cosine_similarity(new, hidden.repeat_interleave(count, 0), dim=-1)
+        alike = alike.masked_fill(~mask.bool().repeat_interleave(count, 0), -1).amax(-1).view(rows, count)
+        chosen = ((1 - alpha) * prob - alpha * alike).argmax(-1)
+        kept = torch.arange(rows) * count + chosen
+        cache.batch_select_indices(kept)
+        mask, logits, hidden = longer.long(), logits[kept], torch.cat([hidden, new[kept]], dim=1)
+        input_ids = torch.cat([input_ids, candidates.gather(1, chosen[:, None])], dim=1)
+        done = stopping_criteria(input_ids, None)
+    return input_ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("full", "sparse"),
+    [
+        (Quest(num_keys=1000, min_length=0, dense_layers=0), Quest(num_keys=16, min_length=0, dense_layers=0)),
+        (Tova(num_keys=1000), Tova(num_keys=8, every=2)),
+        (Tidal(num_keys=1000, min_length=0), Tidal(num_keys=6, min_length=0, dense_layers=0, reselect_layers=[0])),
+    ],
+    ids=["quest", "tova", "tidal"],
+)
+def test_contrastive_search_spreads_and_gathers_the_rows_of_a_cache(full, sparse):
+    model, ids = model_of("llama"), tokens(30, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    options = {
+        "max_new_tokens": 6, "top_k": 3, "penalty_alpha": 0.6, "pad_token_id": 0,
+        "custom_generate": contrastive_search,
+    }  # fmt: skip
+    dense = model.generate(ids, attention_mask=mask, **options)
+    applied = apply(model, full)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), dense)
+    applied.remove()
+    applied = apply(model, sparse)
+    found = model.generate(ids, attention_mask=mask, **options)
+    alone = model.generate(ids[1:, 7:], attention_mask=mask[1:, 7:], **options)
+    assert torch.equal(found[1:, 7:], alone)
+    assert sum(applied.density().values()) < 1.5
