@@ -30,7 +30,7 @@ METHODS: dict[Phase, tuple[str, ...]] = {
     "decode": ("quest", "block_topk_decode", "snapkv"),
 }
 TASKS = ("key_value", "multi_value")
-BUDGETS, QUICK_BUDGETS = (0.02, 0.05, 0.1, 0.2), (0.05, 0.2)
+BUDGETS, QUICK_BUDGETS = (0.05, 0.1, 0.2, 0.4), (0.05, 0.2)  # the paper goes down to 0.05
 LENGTH, QUICK_LENGTH = 2048, 1024
 NUM_PROMPTS, QUICK_PROMPTS = 10, 4
 QUICK_METHODS = 2

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from ..attention import DecodePolicy, apply
+from ..attention import DecodePolicy, Flash, apply
 from ..measure.retrieval import retrieval_accuracy
 from ..models.load import Loaded
 
@@ -20,6 +20,8 @@ def decoded_accuracy(
 ) -> tuple[dict[str, float], float]:
     """Accuracy of each task, and the share of the cache that steps read, mean over layers.
 
+    Prompts are read by the exact kernel, which is faster than SDPA.
+
     Args:
         loaded: the model with its tokenizer, and no decode policy.
         policy: of the steps; None is dense.
@@ -29,6 +31,7 @@ def decoded_accuracy(
         num_prompts: of each task.
         seed: of the prompts.
     """
+    exact = apply(loaded.model, Flash())
     applied = None if policy is None else apply(loaded.model, policy)
     try:
         accuracy = {
@@ -45,5 +48,6 @@ def decoded_accuracy(
         }
         return accuracy, 1.0 if applied is None else statistics.mean(applied.density().values())
     finally:
+        exact.remove()
         if applied is not None:
             applied.remove()

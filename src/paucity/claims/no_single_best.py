@@ -31,7 +31,7 @@ METHODS: dict[Phase, tuple[str, ...]] = {
 TASKS, QUICK_TASKS = ("key_value", "multi_value", "copying", PERPLEXITY), ("copying", PERPLEXITY)
 BUDGETS, QUICK_BUDGETS = (0.03, 0.1), (0.05,)
 LENGTH, QUICK_LENGTH = 2048, 1024
-NUM_PROMPTS, QUICK_PROMPTS = 12, 6
+NUM_PROMPTS, QUICK_PROMPTS = 8, 6
 QUICK_METHODS = 3
 CONFIDENCE = 0.99
 
