@@ -8,9 +8,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..checks import check_int, fail
 from ..models.text_config import text_config
-from .interface import NAME, attention, attention_mask
+from .interface import attention, attention_mask
 from .rotary import find_rotary
-from .site import ATTRIBUTE, Site, take_cache_layer
+from .site import ATTRIBUTE, NAME, Site, take_cache_layer
 
 KINDS = ("prefill", "decode", "eviction")
 
@@ -48,8 +48,12 @@ def install(
     check_model(list(modules), heads, getattr(config, "num_key_value_heads", None) or heads)
     applied = make(sorted(modules if layers is None else set(layers)))
     _check_together(sites, kind, applied.policy)
+    if kind != "prefill" and any(getattr(module, "is_kv_shared_layer", False) for module in modules.values()):
+        raise fail("apply", "model", "have keys of its own in every layer", "one whose layers share them")
     if all(site is None for site in sites.values()):
         sites = _register(model, modules)
+    elif config._attn_implementation != NAME:
+        raise fail("apply", "model", "have the attention of its other policies", config._attn_implementation)
     for site in sites.values():
         assert isinstance(site, Site)
         setattr(site, kind, applied)
@@ -67,7 +71,6 @@ def uninstall(model: nn.Module, kind: str) -> None:
     if not any(site.decode or site.eviction for site in sites):
         for module in modules:
             _unhook(module)
-            getattr(module, ATTRIBUTE).cached = None
     if sites and not any(site.in_force for site in sites):
         for module in modules:
             delattr(module, ATTRIBUTE)

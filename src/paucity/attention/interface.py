@@ -22,7 +22,6 @@ from .cached_attention import attend_cached, count_dense, evict
 from .prompt import Prompt
 from .site import ATTRIBUTE, Site
 
-NAME = "paucity"
 _FOREVER = torch.iinfo(torch.int32).max
 
 
@@ -123,7 +122,7 @@ def attention(
             raise InputError(f"attention: {type(module).__name__} must use plain attention, got {unknown}.")
     site = getattr(module, ATTRIBUTE, None)
     site = site if isinstance(site, Site) else None
-    layer = None if site is None else site.cached
+    layer = None if site is None else site.take_layer(key)
     prompted = site is not None and site.prefill is not None and (query.shape[2] > 1 or site.prefill.policy.decodes)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -48,6 +48,14 @@ def method_name(options: BaseModel) -> str:
     raise fail("method_name", "options", "be of a method in the catalogue", kind.__name__)
 
 
+def label(policy: Policy) -> str:
+    """`method_name`, or the name of the class of a policy that is not in the catalogue."""
+    try:
+        return method_name(policy)
+    except InputError:
+        return type(policy).__name__
+
+
 def to_json(policy: Policy) -> dict[str, Any]:
     """``policy`` as JSON values; what has its default is left out."""
     return {"method": method_name(policy), **policy.model_dump(mode="json", exclude_defaults=True)}

@@ -10,7 +10,7 @@ from .compute import Attended, attend_exactly
 from .install import uninstall
 from .interface import exact_pairs
 from .policy import PrefillPolicy, finite
-from .portable import method_name
+from .portable import label
 from .prompt import Prompt
 from .site import Counts
 
@@ -82,7 +82,7 @@ class AppliedAttention:
         """Method, options, layers, and how many prompts (times layers) were computed densely, by reason."""
         options = self.policy.model_dump(mode="json") | {"layers": self.layers}
         return {
-            "method": method_name(self.policy),
+            "method": label(self.policy),
             "options": options,
             "dense_prompts": dict(sorted(self.counts.dense.items())),
         }

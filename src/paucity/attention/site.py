@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .prefill import AppliedAttention
 
 ATTRIBUTE = "attention_policies"
+NAME = "paucity"
+"""Of our attention, in transformers' registries."""
 _MOST_WAITING = 256
 
 
@@ -50,6 +52,23 @@ class Site:
     def in_force(self) -> "list[AppliedAttention | AppliedDecode | AppliedEviction]":
         """The policies, whichever there are."""
         return [applied for applied in (self.prefill, self.decode, self.eviction) if applied is not None]
+
+    def take_layer(self, key: Tensor) -> SparseLayer | None:
+        """The layer of the cache, once in a call, if ``key`` is what it gave; None where there is none.
+
+        Some models change keys after the cache. It cannot be read by itself then, and is left alone.
+        """
+        layer, self.cached = self.cached, None
+        if layer is not None and not layer.gave(key):
+            self.leave("keys that are changed after the cache")
+            return None
+        return layer
+
+    def leave(self, reason: str) -> None:
+        """Note with the policies of steps and caches why they leave a cache alone."""
+        for applied in (self.decode, self.eviction):
+            if applied is not None and self.layer in applied.layers:
+                applied.counts.dense[reason] += 1
 
 
 class Counts:
@@ -89,7 +108,8 @@ class Counts:
 
     def _settle(self) -> None:
         alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
-        for layer, heads, count in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for layer, heads, count in waiting:
             kept, whole = count()
             alike.setdefault((layer, heads, kept.shape, whole.shape, kept.device), []).append((kept, whole))
         for (layer, heads, *_), pairs in alike.items():
@@ -97,7 +117,6 @@ class Counts:
             if whole.any():
                 self._kept[layer] = self._kept.get(layer, torch.zeros(())) + kept.sum((0, 1)).expand(heads)
                 self._whole[layer] = self._whole.get(layer, torch.zeros(())) + whole.sum()
-        self._waiting.clear()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -111,22 +130,23 @@ def take_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if not isinstance(site, Site):
         return
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-    site.cached, reason = _own_layer(cache, site.layer)
-    if site.cached is not None:
-        evicted = site.cached.policy is not None
-        if evicted and (site.eviction is None or site.eviction.policy != site.cached.policy):
+    other = getattr(getattr(module, "config", None), "_attn_implementation", NAME) != NAME
+    layer, reason = (None, "attention of another kind") if other else _own_layer(cache, site.layer, module.training)
+    if layer is not None:
+        if layer.policy is not None and (site.eviction is None or site.eviction.policy != layer.policy):
             raise InputError("cache: model must carry the eviction policy that the cache is from, got another or none.")
-        site.cached.expected = True
+        layer.expected = True
+    site.cached = layer
     if reason is not None:
-        for applied in (site.decode, site.eviction):
-            if applied is not None and site.layer in applied.layers:
-                applied.counts.dense[reason] += 1
+        site.leave(reason)
 
 
-def _own_layer(cache: Cache | None, index: int) -> tuple[SparseLayer | None, str | None]:
+def _own_layer(cache: Cache | None, index: int, training: bool) -> tuple[SparseLayer | None, str | None]:
     """The layer of ours, or None and the reason why there is none."""
     if cache is None:
         return None, "no cache"
+    if getattr(cache, "offloading", False):
+        return None, "an offloaded cache"
     layers = cache.layers
     if index < len(layers) and isinstance(layers[index], SparseLayer):
         return layers[index], None
@@ -134,6 +154,8 @@ def _own_layer(cache: Cache | None, index: int) -> tuple[SparseLayer | None, str
     if not lazy and (index >= len(layers) or type(layers[index]) is not DynamicLayer):
         kind = type(layers[index]).__name__ if index < len(layers) else type(cache).__name__
         return None, f"a cache layer of another kind ({kind})"
+    if torch.is_grad_enabled() and (training or (not lazy and layers[index].keys.requires_grad)):
+        return None, "gradients"
     own = SparseLayer(next((layer.shared for layer in layers if isinstance(layer, SparseLayer)), None))
     if lazy:
         layers.append(own)

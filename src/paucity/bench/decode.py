@@ -129,7 +129,7 @@ def attention_rows(
             counted = []
             for query, layer, prompt in zip(queries, layers, prompts, strict=True):
                 layer.expected = True  # as attention modules do
-                layer.update(new, new)
+                layer.gave(layer.update(new, new)[0])
                 done = policies[name].attend(query, layer.cached(), prompt)
                 counted.append(done.counted)
                 choosing += done.select_seconds

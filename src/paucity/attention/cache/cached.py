@@ -99,8 +99,8 @@ class Cached:
             partial: whether a page that is not full has a summary, which is then made anew with every token. Without
                 it, ``P`` may be less than what the longest list begins.
         """
-        index = self._indexes.setdefault(f"{name}/{page_size}/{partial}", PageIndex(page_size, summarise, partial))
-        return index.extend(self.store, self.starts, self.lengths, self.num_seen)
+        index = self._indexes.setdefault(f"{name}/{page_size}/{partial}", PageIndex(page_size, partial))
+        return index.extend(summarise, self.store, self.starts, self.lengths, self.num_seen)
 
     def attend(self, query: Tensor, prompt: Prompt, pages: Tensor | None = None, page_size: int = 1) -> Tensor:
         """Attention ``[B, H, Tq, Dv]`` of the newest tokens over the listed pages of each list; None is everything.

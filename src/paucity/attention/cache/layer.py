@@ -1,12 +1,13 @@
 """A layer of a transformers cache whose tokens can be read by pages, and evicted head by head."""
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ...checks import InputError, check_int, fail
+from ...checks import InputError, check_int, check_shape, fail
 from .cached import Cached
 from .page_index import PageIndex
 from .store import Store
@@ -21,13 +22,14 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         seen: tokens that went in, padding and evicted ones included; the position of the next one.
         policy: the eviction policy that has evicted something, or None.
+        expected: whether attention of ours will ask this layer for the tokens of the next `update`.
     """
 
     is_sliding = False
     is_croppable = True
 
     def __init__(self, shared: dict[str, Any] | None = None) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.store: Store | None = None
         self.seen = 0
         self.policy: Any = None
@@ -35,6 +37,22 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         self.shared: dict[str, Any] = {} if shared is None else shared
         self._indexes: dict[str, PageIndex] = {}
         self.expected = False
+        self._given: weakref.ref[Tensor] | None = None
+        self._trusted = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, H_kv, seen, D]``; None while there are none.
+
+        Raises:
+            InputError: if something was evicted.
+        """
+        return self._all("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, H_kv, seen, Dv]``, as `keys`."""
+        return self._all("values")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take over shape, dtype and device."""
@@ -53,24 +71,31 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if self.policy is not None and not self.expected:
             raise InputError("cache: model must carry the eviction policy that the cache is from, got none.")
-        alone, self.expected = self.expected and key_states.shape[2] == 1, False
+        expected, self.expected = self.expected, False
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
-        first = not self.seen
+        check_shape("cache", "key_states", key_states, *self.store.lengths.shape, None, self.store.keys.shape[-1])
+        first, alone = not self.seen, expected and self._trusted and key_states.shape[2] == 1
         self.store.append(key_states, value_states, self.seen)
         self.seen += key_states.shape[2]
-        return (key_states, value_states) if first or alone else self.whole(key_states, value_states)
+        given = (key_states, value_states) if first or alone else self.whole(key_states, value_states)
+        self._given = weakref.ref(given[0]) if expected else None
+        return given
+
+    def gave(self, key: Tensor) -> bool:
+        """Whether ``key`` is what the last `update` returned; from then on a new token is returned alone."""
+        given, self._given = self._given, None
+        self._trusted = given is not None and given() is key
+        return self._trusted
 
     def whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All that is cached, ``[B, H_kv, seen, D]``; what was given where it is that, or something was evicted."""
         store = self.store
         if store is None or self.policy is not None or key.shape[2] == self.seen:
             return key, value
-        return (
-            store.rectangle(store.keys, store.starts, store.lengths),
-            store.rectangle(store.values, store.starts, store.lengths),
-        )
+        keys, values = (store.rectangle(part, store.starts, store.lengths) for part in (store.keys, store.values))
+        return keys, values
 
     def cached(self, first: Tensor | None = None) -> Cached:
         """The lists, without the padding before the text.
@@ -153,6 +178,13 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Nothing to bring back."""
+
+    def _all(self, name: str) -> Tensor | None:
+        if self.store is None:
+            return None
+        if self.policy is not None:
+            raise InputError(f"cache: {name} must all be there, got a layer that was evicted from.")
+        return self.store.rectangle(getattr(self.store, name), self.store.starts, self.store.lengths)
 
     def _forget(self) -> None:
         self.memory.clear()

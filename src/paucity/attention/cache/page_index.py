@@ -23,19 +23,22 @@ class PageIndex:
         summaries: ``[B, H_kv, P, ...]`` each; what stands beyond a list's own pages is anything finite.
     """
 
-    def __init__(self, page_size: int, summarise: Summarise, partial: bool = True) -> None:
+    def __init__(self, page_size: int, partial: bool = True) -> None:
         """``partial``: whether a page that is not full has a summary."""
-        self.page_size, self.summarise, self.partial = page_size, summarise, partial
+        self.page_size, self.partial = page_size, partial
         self.summaries: tuple[Tensor, ...] = ()
         self._offset: Tensor | None = None
         self._done: Tensor | None = None
         self._seen = 0
         self._idle: int | None = None  # tokens that may come after `_seen` before a summary is missing
 
-    def extend(self, store: Store, starts: Tensor, lengths: Tensor, num_seen: int) -> tuple[Tensor, ...]:
+    def extend(
+        self, summarise: Summarise, store: Store, starts: Tensor, lengths: Tensor, num_seen: int
+    ) -> tuple[Tensor, ...]:
         """The summaries, brought up to the lists at ``starts`` with ``lengths``, ``[B, H_kv]`` each.
 
         Args:
+            summarise: the same at every call.
             store: where the lists lie.
             starts: of the lists.
             lengths: of the lists.
@@ -53,10 +56,10 @@ class PageIndex:
         most = int(missing.max()) if missing.numel() else 0
         each = max(1, _AT_ONCE // max(1, lengths.numel() * self.page_size * store.keys.shape[-1]))
         for begin in range(0, most, each):
-            self._add(store, starts, lengths, first + begin, min(each, most - begin))
+            self._add(summarise, store, starts, lengths, first + begin, min(each, most - begin))
         if not self.summaries:  # no page is full
             nothing = store.keys.new_zeros(*lengths.shape, 1, self.page_size, store.keys.shape[-1])
-            self._grow(self.summarise(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)), 1)
+            self._grow(summarise(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)), 1)
         self._done = lengths if self.partial else whole * self.page_size
         self._seen, self._idle = num_seen, 0
         if not self.partial and lengths.numel():
@@ -74,7 +77,9 @@ class PageIndex:
         self._offset = None if self._offset is None else self._offset[rows]
         self._done = None if self._done is None else self._done[rows]
 
-    def _add(self, store: Store, starts: Tensor, lengths: Tensor, first: Tensor, count: int) -> None:
+    def _add(
+        self, summarise: Summarise, store: Store, starts: Tensor, lengths: Tensor, first: Tensor, count: int
+    ) -> None:
         """Summaries of ``count`` pages of each list from page ``first`` on."""
         span, skipped = count * self.page_size, first * self.page_size
         there = (lengths - skipped).clamp(min=0, max=span)
@@ -82,7 +87,7 @@ class PageIndex:
         keys = torch.nn.functional.pad(keys, (0, 0, 0, span - keys.shape[2])) if keys.shape[2] < span else keys
         counts = torch.arange(span, device=there.device) < there.unsqueeze(-1)
         shape = (*there.shape, count, self.page_size)
-        found = self.summarise(keys.reshape(*shape, keys.shape[-1]), counts.view(shape))
+        found = summarise(keys.reshape(*shape, keys.shape[-1]), counts.view(shape))
         pages = first.unsqueeze(-1) + torch.arange(count, device=first.device)
         self._grow(found, int(pages.max()) + 1)
         slot = torch.arange(lengths.numel(), device=first.device).view(*lengths.shape, 1)

@@ -81,7 +81,8 @@ class Store:
     def append(self, key: Tensor, value: Tensor, position: int) -> None:
         """Put ``T`` tokens, ``[B, H_kv, T, D]``, the first of them at ``position``, at the end of every list."""
         tokens = key.shape[2]
-        if tokens > self.room:
+        # A buffer from inference mode cannot be written to outside.
+        if tokens > self.room or (self.keys.is_inference() and not torch.is_inference_mode_enabled()):
             self._move(self._all(), self.lengths, tokens + max(_ROOM, self.longest // _SHARE))
         at = (self.starts + self.lengths).flatten()
         if tokens == 1:
@@ -109,6 +110,8 @@ class Store:
     def pack(self, bits: int, group_size: int, num_recent: int) -> None:
         """Keep the first entries of each list in ``bits``, whole groups of them; the last ``num_recent`` stay as is."""
         counts = (self.lengths - num_recent).clamp(min=0) // group_size * group_size
+        if not counts.any():
+            return
         at = _places(self.starts, counts).view(-1, group_size)
         extras = {name: extra[at] for name, extra in self.extras.items()}
         packed = Packed.of(self.keys[at], self.values[at], self.positions[at], extras, counts, bits)

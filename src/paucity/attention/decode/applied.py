@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..cache.cached import Cached
 from ..install import uninstall
-from ..portable import method_name
+from ..portable import label
 from ..prompt import Prompt
 from ..site import Counts
 from .policy import DecodePolicy
@@ -37,21 +37,15 @@ class AppliedDecode:
             reason = "paused"
         elif cached.longest < self.policy.min_length:
             reason = "cache shorter than min_length"
-        lengths, window = cached.lengths, prompt.window
-        heads = lengths.shape[1]
-
-        def share(read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-            whole = lengths if window is None else lengths.clamp(max=window)
-            return read().clamp(max=whole) * heads, whole.sum(-1, keepdim=True)
-
+        lengths = cached.lengths
         if reason is not None:
             self.counts.dense[reason] += 1
-            self.counts.later(prompt.layer, heads, lambda: share(lambda: lengths))
+            self._count(prompt, lengths, lambda: lengths)
             return cached.attend(query, prompt)
-        read = self.policy.attend(query, cached, prompt)
-        self.select_seconds += read.select_seconds
-        self.counts.later(prompt.layer, heads, lambda: share(read.counted))
-        return read.out
+        out, counted, seconds = self.policy.attend(query, cached, prompt)
+        self.select_seconds += seconds
+        self._count(prompt, lengths, counted)
+        return out
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -61,6 +55,15 @@ class AppliedDecode:
             yield
         finally:
             self.paused = before
+
+    def _count(self, prompt: Prompt, lengths: Tensor, counted: Callable[[], Tensor]) -> None:
+        heads, window = lengths.shape[1], prompt.window
+
+        def share() -> tuple[Tensor, Tensor]:
+            whole = lengths if window is None else lengths.clamp(max=window)
+            return counted().clamp(max=whole) * heads, whole.sum(-1, keepdim=True)
+
+        self.counts.later(prompt.layer, heads, share)
 
     def remove(self) -> None:
         """Take the policy off; with the last one the attention that the model had is restored."""
@@ -79,7 +82,7 @@ class AppliedDecode:
         """Method, options, layers, and how many steps (times layers) read everything, by reason."""
         options = self.policy.model_dump(mode="json") | {"layers": self.layers}
         return {
-            "method": method_name(self.policy),
+            "method": label(self.policy),
             "options": options,
             "dense_steps": dict(sorted(self.counts.dense.items())),
         }

@@ -74,14 +74,14 @@ class DecodePolicy(BaseModel, ABC):
             whole = prompt.layer < self.dense_layers or not cached.lengths.numel()
             pages = None if whole else self.select(query.detach(), cached, prompt)
         seconds = time.perf_counter() - started
+        lengths, window = cached.lengths, prompt.window
         if pages is None:
-            return Read(cached.attend(query, prompt), lambda: cached.lengths, seconds)
-        out, short = cached.attend(query, prompt, *pages), cached.lengths < self.min_length
+            return Read(cached.attend(query, prompt), lambda: lengths, seconds)
+        out, short = cached.attend(query, prompt, *pages), lengths < self.min_length
         if bool(short.any()):  # some rows of a batch: they read everything, as they would alone
             dense = cached.attend(query, prompt)
             each = short.repeat_interleave(query.shape[1] // short.shape[1], dim=1)[..., None, None]
             out = torch.where(each, dense, out)
-        lengths, window = cached.lengths, prompt.window
         return Read(out, lambda: torch.where(short, lengths, num_read(pages, lengths, window)), seconds)
 
     def check_model(self, layers: Sequence[int], num_heads: int, num_kv_heads: int) -> None:

@@ -75,6 +75,8 @@ def bound_scores(query: Tensor, bounds: Tensor, join: Literal["max", "mean"]) ->
         join: see `Quest`.
     """
     rows = grouped(query, bounds.shape[1])
+    if bounds.dtype == torch.float16:  # products overflow before they are scaled
+        rows, bounds = rows.float(), bounds.float()
     signed = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
     if join == "mean":
         return (signed.mean(2, keepdim=True) @ bounds.mT).squeeze(2)

@@ -17,9 +17,12 @@ def exact_weights(query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         prompt: scale, softcap and window.
     """
     keys = cached.keys()
-    lists = zip(grouped(query, keys.shape[1]).flatten(0, 1), keys.flatten(0, 1), strict=True)
+    rows = grouped(query, keys.shape[1])
+    if keys.dtype == torch.float16:  # products overflow before they are scaled
+        rows, keys = rows.float(), keys.float()
+    lists = zip(rows.flatten(0, 1), keys.flatten(0, 1), strict=True)
     # One by one: a product of batches copies lists that do not lie end to end, which takes seven times as long.
-    products = torch.stack([rows @ own.mT for rows, own in lists]).view(*keys.shape[:2], -1, keys.shape[2])
+    products = torch.stack([some @ own.mT for some, own in lists]).view(*keys.shape[:2], -1, keys.shape[2])
     logits = soft_capped(products.float() * prompt.scale, prompt.softcap)
     return logits.masked_fill(~seen(cached, prompt).unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
 
@@ -54,11 +57,12 @@ def top_pages(
         cached: the lists.
         num_pages: pages to take.
         page_size: keys of a page.
-        first: pages at the start of each list that are among them whatever their score.
-        last: pages at the end of each list that are, too.
+        first: pages at the start of each list that are among them whatever their score, as far as there is room.
+        last: pages at the end of each list that are, too, before those.
         window: keys that the newest token sees, itself included; pages before them are not taken.
     """
-    longest = -(-cached.longest // page_size)
+    longest, last = -(-cached.longest // page_size), min(last, num_pages)
+    first = min(first, num_pages - last)
     score = score[..., :longest].float().clone()
     if score.shape[-1] < longest:
         score = torch.nn.functional.pad(score, (0, longest - score.shape[-1]))

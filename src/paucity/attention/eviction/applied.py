@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..cache.cached import Cached
 from ..cache.layer import SparseLayer
 from ..install import uninstall
-from ..portable import method_name
+from ..portable import label
 from ..prompt import Prompt
 from ..site import Counts
 from .policy import EvictionPolicy
@@ -54,14 +54,9 @@ class AppliedEviction:
                     layer.evict(keep, cached.starts, self.policy)
             if layer.policy is not None:
                 self.policy.put_away(layer.store)
-        entries = layer.store.num_entries
+        entries, text = layer.store.num_entries, cached.num_text.unsqueeze(-1)
         heads = entries.shape[1]
-
-        def share() -> tuple[Tensor, Tensor]:
-            text = cached.num_text.unsqueeze(-1)
-            return torch.minimum(entries, text) * heads, text * heads
-
-        self.counts.later(prompt.layer, heads, share)
+        self.counts.later(prompt.layer, heads, lambda: (torch.minimum(entries, text) * heads, text * heads))
 
     def remove(self) -> None:
         """Take the policy off; with the last one the attention that the model had is restored."""
@@ -79,7 +74,7 @@ class AppliedEviction:
         """Method, options, layers, and how many caches (times layers) were left alone, by reason."""
         options = self.policy.model_dump(mode="json") | {"layers": self.layers}
         return {
-            "method": method_name(self.policy),
+            "method": label(self.policy),
             "options": options,
             "whole_caches": dict(sorted(self.counts.dense.items())),
         }

@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ...checks import check_shape
 from ...ops.blocks import soft_capped
 from ..cache.cached import Cached
 from ..cache.store import Store
@@ -17,7 +18,8 @@ class EvictionPolicy(BaseModel, ABC):
     """Options of a method, and its score. One level of classes lies below, one per method; each is portable as JSON.
 
     After a prompt every list is cut to its budget. With ``every`` the cache is kept within the budget while tokens are
-    generated, too: whenever it is exceeded, ``every`` entries go at once.
+    generated, too: whenever it is exceeded, ``every`` entries go at once. Several tokens in one pass are a prompt, a
+    further turn as well as a draft that is verified: assisted decoding evicts more often than steps of one token do.
 
     Attributes:
         num_keys: entries that a list keeps.
@@ -81,6 +83,8 @@ class EvictionPolicy(BaseModel, ABC):
         if self.settled(cached, prompt):
             return None
         score, inside = self.score(query, cached, prompt), cached.inside()
+        check_shape(type(self).__name__, "score", score, *inside.shape)
+        score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # what is no number is worth nothing
         budget = self.budgets(score, cached, prompt)
         over = cached.lengths > budget
         if not over.any():

@@ -13,10 +13,9 @@ torch's own quantised tensors are deprecated and its packed 4-bit ones cannot be
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from ...checks import fail
 from ...kernels.attention.merge import merge_attention
 from ..cache.cached import Cached
 from ..cache.store import Store
@@ -42,12 +41,6 @@ class Quantised(EvictionPolicy):
     bits: Literal[4, 8] = 4
     group_size: int = Field(32, ge=1)
     num_recent: int = Field(128, ge=1)
-
-    @model_validator(mode="after")
-    def _plain_attention(self) -> "Quantised":
-        if self.policy.own_attention:
-            raise fail("quantised", "policy", "have no attention of its own", type(self.policy).__name__)
-        return self
 
     @property
     def inner(self) -> EvictionPolicy:

@@ -42,6 +42,10 @@ class StreamingLLM(EvictionPolicy):
         if self.reindex and prompt.rotary is None:
             raise fail("streaming_llm", "reindex", "be off where the position embedding is of no kind known", True)
 
+    def allowance(self, cached: Cached, prompt: Prompt) -> Tensor:
+        """As every policy; with ``density``, too, more than the sinks."""
+        return self.even_budgets(cached).clamp(min=self.num_sinks + 1)
+
     def score(self, query: Tensor, cached: Cached, prompt: Prompt) -> Tensor:
         """The place in the list; inf for sinks."""
         place = torch.arange(cached.longest, device=query.device)

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SerializeAsAny
 
+from ...checks import fail
 from .policy import EvictionPolicy
 
 
@@ -19,7 +20,15 @@ def _to_json(policy: EvictionPolicy) -> dict[str, Any]:
     return to_json(policy)
 
 
-Wrapped = Annotated[SerializeAsAny[EvictionPolicy], BeforeValidator(_from_json), PlainSerializer(_to_json)]
+def _plain(policy: EvictionPolicy) -> EvictionPolicy:
+    if policy.own_attention:
+        raise fail("apply", "policy", "have no attention of its own within another one", type(policy).__name__)
+    return policy
+
+
+Wrapped = Annotated[
+    SerializeAsAny[EvictionPolicy], BeforeValidator(_from_json), AfterValidator(_plain), PlainSerializer(_to_json)
+]
 """In JSON and YAML a mapping of ``method`` and its options."""
 
 
