@@ -8,10 +8,13 @@ import sys
 import textwrap
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
 from paucity.catalog import METHODS
 from paucity.claims import CLAIMS
+from paucity.cli import app, main
 
 
 def paucity(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -90,3 +93,35 @@ def test_run_on_a_folder_prints_the_table_and_the_path(tiny_model, tmp_path):
     again = paucity(*arguments)
     assert again.returncode == 2
     assert "--force" in again.stderr
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        yield from commands(command, (*path, name)) if hasattr(command, "commands") else [((*path, name), command)]
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_shows_every_text_whole(path):
+    shown = "".join(CliRunner().invoke(app, [*path, "--help"]).output.split())
+    for parameter in COMMANDS[path].params:
+        text = getattr(parameter, "help", None) or ""
+        assert "".join(text.split()) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"), [(["run", "x"], True), (["study", "attention"], True), (["bench"], False)]
+)
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, arguments, goes_on):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paucity.cli.app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["paucity", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == "paucity: interrupted" + ("; the same command with --resume goes on." if goes_on else ".")

@@ -77,3 +77,32 @@ def test_bad_input(saved, arguments, message):
 def test_out_without_measuring(tmp_path):
     result = run("info", "--out", str(tmp_path / "x.json"))
     assert "--out must come with --measure" in str(result.exception)
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "absent"])
+def test_a_target_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, where):
+    monkeypatch.setattr("paucity.cli.measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("mine")
+    target, message = {
+        "file": (tmp_path / "file", "--out must not exist"),
+        "folder": (tmp_path, "--out must be a file"),
+        "absent": (tmp_path / "no/file", "--out must be in a folder that exists"),
+    }[where]
+    result = run("info", "--measure", "--out", str(target))
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_force_replaces_the_target(small_probes, tmp_path):
+    (tmp_path / "file").write_text("old")
+    assert run("info", "--measure", "--out", str(tmp_path / "file"), "--force").exit_code == 0
+    assert Machine.load(tmp_path / "file").bandwidth > 0
+
+
+def test_a_budget_that_leaves_no_key_out_is_told(saved):
+    arguments = ["kinetics", "--model", "embedded", "--prompt", "2000", "--generate", "100", "--machine", saved]
+    result = run(*arguments, "--budget", "9000", "--budget", "64", "--json")
+    assert "A budget of 9,000 keys leaves none of the 2,100 tokens out" in result.stderr
+    assert "64 keys" not in result.stderr
+    assert json.loads(result.stdout)["plans"]

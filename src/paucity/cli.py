@@ -11,17 +11,18 @@ from rich.table import Table
 from .checks import InputError, fail
 from .cli_attention import app as attention_app
 from .cli_kinetics import kinetics, machine_table, measure
-from .cli_output import Json, err, out, print_json, spinner
+from .cli_output import Json, check_target, err, out, print_json, spinner
 from .cli_study import app as study_app
 
 app = typer.Typer(
     name="paucity",
     help="Sparsity in deep learning: make a model sparse and see what it cost, in quality and in time.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # brackets in a help text are no markup
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True)
+claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
 app.command()(kinetics)
@@ -41,7 +42,8 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        err.print("paucity: interrupted; `paucity run` continues with --resume.", style="red", markup=False)
+        goes_on = "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"]) else "."
+        err.print(f"paucity: interrupted{goes_on}", style="red", markup=False)
         sys.exit(130)
 
 
@@ -72,7 +74,8 @@ def run(
     out.print(console_table(report))
     for sentence in report.verdict:
         out.print(f"  {sentence}", markup=False)
-    for note in [*report.model.notes, *(note for step in report.steps for note in step.notes)]:
+    steps = (f"{step.method}: {note}" for step in report.steps for note in step.notes)
+    for note in [*report.model.notes, *steps]:
         out.print(f"  Note: {note}", markup=False)
     out.print(f"\nReport: {target / 'report.html'}", markup=False, soft_wrap=True)
 
@@ -99,6 +102,7 @@ def info(
     target: Annotated[
         Path | None, typer.Option("--out", help="JSON file of what was measured, for `paucity kinetics --machine`.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Versions, device, active kernels."""
@@ -106,6 +110,8 @@ def info(
 
     if target is not None and not measured:
         raise fail("info", "--out", "come with --measure", target)
+    if target is not None:
+        check_target("info", target, force=force)
     facts = environment().model_dump(mode="json")
     machine = None
     if measured:

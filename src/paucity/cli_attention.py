@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_output import Json, out, print_json, spinner
+from .cli_output import Json, check_target, out, print_json, spinner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .models.load import Loaded
 
-app = typer.Typer(help="Sparse attention: see what a policy reads, and find one for a model.", no_args_is_help=True)
+app = typer.Typer(
+    help="Sparse attention: see what a policy reads, and find one for a model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 Policy = Annotated[str, typer.Argument(help="A method by name, or a JSON or YAML file with `method` and its options.")]
 Model = Annotated[str, typer.Option(help="A folder, a hub id or 'embedded'.")]
@@ -110,8 +114,7 @@ def search(
     from .models.calibration import calibration_batches
     from .models.load import load
 
-    if target.exists() and not force:
-        raise fail("attention search", "--out", "not exist (--force replaces it)", target)
+    check_target("attention search", target, force=force)
     options = _options(method)
     if not isinstance(options, PolicySearch):
         raise fail("attention search", "method", "be a search, not a policy", method_name(options))

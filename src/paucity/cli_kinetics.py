@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_output import Json, out, print_json, spinner
+from .cli_output import Json, err, out, print_json, spinner
 
 if TYPE_CHECKING:
     from .kinetics import Plan
@@ -46,6 +46,9 @@ def kinetics(
         work = Workload(prompt, generate, batch=batch, trials=trials, shared_prompt=shared_prompt)
         measured = _machine(machine, tuple(dict.fromkeys(shape.dtype for shape in shapes)), progress)
     options = plans(shapes, work, measured, methods=method or ["block_topk"], budgets=budget or BUDGETS)
+    for keys in sorted({keys for keys in budget or () if keys >= prompt + generate}):
+        note = f"A budget of {keys:,} keys leaves none of the {prompt + generate:,} tokens out: it is dense attention."
+        err.print(note, markup=False, highlight=False, soft_wrap=True)
     advice = recommend(options, max_seconds=max_seconds)
     crossings = {shape.name: crossover(shape, measured, batch=batch * trials) for shape in shapes}
     if as_json:

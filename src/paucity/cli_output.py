@@ -3,14 +3,27 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .checks import fail
+
 out = Console()
 err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def check_target(function: str, target: Path, *, force: bool) -> None:
+    """Refuse a file that could not be written, or should not be, before the work that it is to hold."""
+    if target.is_dir():
+        raise fail(function, "--out", "be a file", f"{target}, a folder")
+    if target.exists() and not force:
+        raise fail(function, "--out", "not exist (--force replaces it)", target)
+    if not target.parent.is_dir():
+        raise fail(function, "--out", "be in a folder that exists", target)
 
 
 def print_json(value: object) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .cli_output import Json, err, out, print_json
 
-app = typer.Typer(help="Compare many methods on many tasks.", no_args_is_help=True)
+app = typer.Typer(help="Compare many methods on many tasks.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -45,9 +45,12 @@ def attention(
     as_json: Json = False,
 ) -> None:
     """Sparse attention methods against each other and dense: quality against what is read, and against cost."""
+    from .checks import fail
     from .study import Study, default_study
     from .study.run import run
 
+    if quick and plan is not None:
+        raise fail("study", "--quick", "be left out with a plan, which says itself what is measured", plan)
     fields: dict[str, Any] = {
         "model": model,
         "methods": _words(methods),

@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,17 +82,27 @@ class Folder:
         """Put the finished run in the place of ``out``; an older one goes only when the new one is there."""
         shutil.rmtree(self.partial / "stages", ignore_errors=True)
         (self.partial / PLAN).unlink()
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.out.rename(old)
+        if not self.out.exists():
+            self.partial.rename(self.out)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+        self.out.rename(aside / self.out.name)
         self.partial.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write under a temporary name, then move."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, moved to ``path`` at the end; what fails leaves ``path`` as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

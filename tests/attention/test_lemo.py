@@ -390,3 +390,10 @@ def test_bad_input(tiny_model):
     with pytest.raises(InputError, match=r"attention mask must be none, \[B, T\] or \[B, H, T, T\] for 30 tokens"):
         model.model.layers[0].self_attn(torch.randn(1, 30, 32), attention_mask=torch.ones(1, 1, 30, 7).bool())
     applied.remove()
+
+
+def test_a_refused_apply_leaves_the_model_as_it_was(tiny_model):
+    model = tiny_model("llama").model
+    with pytest.raises(InputError, match="be a causal language model that takes labels"):
+        lemo.apply(model, HALF)
+    assert not model._forward_pre_hooks

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from paucity.attention import SinkWindow, apply
@@ -253,3 +254,24 @@ def test_bad_input(tiny_model):
         train_prompt_tokens(model, [ids], decay=0.0)
     with pytest.raises(InputError, match="top_k must be in"):
         accept_probabilities(model, prompts, [ids], top_k=65)
+
+
+def test_what_is_no_file_of_prompt_tokens_is_refused(tmp_path):
+    (tmp_path / "text").write_text("nothing")
+    save_file({"weight": torch.ones(2)}, tmp_path / "other")
+    for name, message in (("absent", "which is no file"), ("text", "text"), ("other", r"with weight \[2\]")):
+        with pytest.raises(InputError, match=f"load: path must be a file that save wrote, got .*{message}"):
+            PromptTokens.load(tmp_path / name)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def half(tensors, path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    path, prompts = tmp_path / "prompts", PromptTokens(torch.ones(1, 1, 2))
+    prompts.save(path)
+    monkeypatch.setattr("paucity.attention.speculation.prompt_tokens.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        prompts.save(path)
+    assert torch.equal(PromptTokens.load(path).embeddings, prompts.embeddings)

@@ -297,3 +297,15 @@ def test_bad_input_is_refused(tiny_model):
     for wrong in ({"ratios": []}, {"ratios": [0]}, {"chunk_size": 4, "ratios": [4, 2, 1]}, {"other": 1}):
         with pytest.raises((ValidationError, InputError)):
             SharedOptions(**wrong)
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny_model, tmp_path):
+    shared = SharedLLM(tiny_model("llama"), SMALL)
+    shared.save(tmp_path)
+    shared.save(tmp_path)
+    (tmp_path / "mine").touch()
+    with pytest.raises(InputError, match=r"save: folder must hold nothing else .* with mine"):
+        shared.save(tmp_path)
+    assert shared.save(tmp_path, force=True) == tmp_path
+    with pytest.raises(InputError, match="save: folder must be a folder"):
+        shared.save(tmp_path / "mine")

@@ -74,6 +74,29 @@ def test_rows_with_padding_and_ends_are_the_rows_alone(tiny_model):
     assert not bool(found.accepted[-1][found.tokens[:, -1] == 2].any())
 
 
+@pytest.mark.parametrize("pad", [None, 7])
+def test_the_result_ends_where_the_last_row_does(tiny_model, pad):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 12))
+    free = greedy(model, ids, 16, eos_token_id=None)[:, 12:]
+    ends = [int(free[0].max()), int(free[1].min())]
+    ends = sorted(ends, reverse=True)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, pad
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+    found = speculate(model, ids, draft=sparse(window_size=200), num_draft=7, max_new_tokens=16)
+    assert torch.equal(found.tokens, wanted)
+    assert int(found.advanced.sum()) == wanted.shape[1] - 13
+
+
+def test_acceptance_counts_rows_that_go_on_alone(tiny_model):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 12))
+    free = greedy(model, ids, 21, eos_token_id=None)[:, 12:]
+    end = next(int(token) for token in free[0] if token not in free[1])
+    found = speculate(model, ids, draft=sparse(window_size=200), max_new_tokens=21, eos_token_id=end)
+    assert found.ended.any()
+    assert not found.accepted[found.ended].any()
+    assert found.acceptance == 1.0
+
+
 def test_greedy_acceptance_is_the_longest_common_beginning():
     drafted = torch.tensor([[3, 1, 2], [0, 1, 2], [3, 1, 0]])
     logits = torch.nn.functional.one_hot(torch.tensor([[3, 1, 0, 2]] * 3), 4).float()

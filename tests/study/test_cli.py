@@ -52,3 +52,8 @@ def test_what_is_wrong_is_said_before_any_work(options):
     ):
         with pytest.raises(InputError, match=message):
             call(*options, *wrong)
+
+
+def test_quick_and_a_plan_of_its_own_exclude_each_other(options):
+    with pytest.raises(InputError, match="--quick must be left out with a plan"):
+        call(*options, "--quick")

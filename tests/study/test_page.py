@@ -1,11 +1,13 @@
 """Verdicts, figures and the page, of an invented result."""
 
+import math
 import re
 
 import pytest
 
 from paucity.report import Environment, ModelFacts
 from paucity.study import CostRow, Result, Row
+from paucity.study.figures import frontier
 from paucity.study.page import render
 from paucity.study.results import ALL_TASKS
 from paucity.study.verdict import leaders, tolerated, verdict, wins
@@ -130,3 +132,11 @@ def test_a_page_without_costs_leaves_their_sections_out(result):
     page = render(result.model_copy(update={"costs": []}))
     assert "what it cost" not in page
     assert "within so many" not in page
+
+
+def test_rows_without_a_density_are_left_out_of_the_figures(result):
+    rows = [row("dense", "qa", 1.0, 0.9), row("sharp", "qa", 0.1, 0.8, density=math.nan)]
+    some = [*rows, row("wide", "qa", 0.2, 0.7)]
+    for found, best in ((rows, "dense"), (some, "wide")):
+        picture = frontier(result.model_copy(update={"rows": found}), "prefill", "qa", 2048)
+        assert f"the best {best}" in picture.svg

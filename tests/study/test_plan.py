@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from paucity.checks import InputError
@@ -25,6 +27,34 @@ def test_every_cell_has_a_name_of_its_own(study):
     assert [cell.task == "cost" for cell in cells] == sorted(cell.task == "cost" for cell in cells)
 
 
+def test_cells_that_differ_little_have_names_of_their_own(study):
+    plan = study(
+        methods=({"method": "sink_window", "label": "x y"}, {"method": "sink_window", "label": "x_y"}),
+        budgets=(0.1, 0.1000001),
+        lm_eval=("a/b", "a_b", "a/" * 200),
+    )
+    names = [cell.name for cell in plan.cells()]
+    assert len({name.lower() for name in names}) == len(names)
+    assert all(len(name) < 200 and "/" not in name for name in names)
+
+
+def test_lm_eval_measures_the_prefill_alone(study):
+    cells = list(study(lm_eval=("arc_easy",)).cells())
+    assert {cell.phase for cell in cells if cell.task == "lm-eval:arc_easy"} == {"prefill"}
+
+
+def test_phases_are_those_of_the_methods_unless_they_are_given(study, tmp_path):
+    (tmp_path / "plan.yaml").write_text("methods: [{method: knorm, label: keys}]")
+    plan = Study.load(tmp_path / "plan.yaml")
+    assert plan.phases == ("decode",)
+    assert plan.changed(methods=["sink_window"]).phases == ("prefill",)
+    assert plan.changed(methods=["sink_window", "knorm"]).phases == ("prefill", "decode")
+    assert study(methods=["sink_window", "knorm"], phases=["decode"]).phases == ("decode",)
+    assert default_study(methods=[{"method": "knorm"}]).phases == ("decode",)
+    with pytest.raises(InputError, match="methods"):
+        default_study(methods=[{"label": "none"}])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -39,6 +69,13 @@ def test_every_cell_has_a_name_of_its_own(study):
         ({"tasks": []}, "tasks must name at least one"),
         ({"budgets": [0.5, 1.0]}, r"budgets\[1\] must be less than 1"),
         ({"phases": ["prefill"], "methods": ["knorm"]}, "phases must be those of the methods, got prefill"),
+        ({"tasks": ["passkey", "copying", "passkey"]}, "tasks must name nothing twice, got passkey again"),
+        ({"budgets": [0.1, 0.10]}, "budgets must name nothing twice, got 0.1 again"),
+        ({"lengths": [400, 400]}, "lengths must name nothing twice"),
+        ({"phases": ["decode", "decode"]}, "phases must name nothing twice"),
+        ({"lm_eval": ["arc_easy", "arc_easy"]}, "lm_eval must name nothing twice"),
+        ({"methods": ["knorm"], "lm_eval": ["arc_easy"]}, "lm_eval must come with methods that make the prefill"),
+        ({"tasks": [], "lm_eval": ["arc_easy"]}, "tasks must name at least one for the decode phase"),
         ({"lenghts": [5]}, r"lenghts must be one of .*did you mean 'lengths'"),
     ],
 )
@@ -82,3 +119,12 @@ def test_causal_keys_make_up_the_budget(budget):
     keys = causal_keys(budget, 2000)
     pairs = sum(min(i + 1, keys) for i in range(2000))
     assert pairs / (2000 * 2001 / 2) == pytest.approx(budget, abs=2e-3)
+
+
+def test_the_study_in_the_documentation_is_one(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/study.md").read_text()
+    (tmp_path / "plan.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    plan = Study.load(tmp_path / "plan.yaml")
+    assert [line.label for line in plan.methods] == ["quest", "no sinks", "grid"]
+    for budget in plan.budgets:
+        build("grid", plan.methods[2].options_at(budget, 2048))

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -129,3 +130,39 @@ def test_the_mean_of_the_tasks_is_that_of_all_prompts(study, loaded, monkeypatch
     assert means["knorm", 0.25].value == pytest.approx(1 / 4)
     assert means["knorm", 0.25].change == pytest.approx(-1.5 / 4)
     assert means["knorm", 0.25].dense_texts == {"short": 2}
+
+
+def test_texts_that_are_too_short_and_what_is_not_installed_leave_no_folder(study, loaded, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("a few words")
+    for name in ("ray", "lm_eval"):
+        monkeypatch.setitem(sys.modules, name, None)
+    prefill = {"tasks": ("perplexity",), "methods": ("sink_window",), "repeats": 0}
+    for fields, message in (
+        ({"text": str(tmp_path / "short.txt")}, "text must have at least 399 tokens"),
+        ({"lengths": (1024,)}, "context of 512"),
+        ({"methods": ("xattention",), "calibration_text": str(tmp_path / "short.txt")}, "text must have at least"),
+        ({"lm_eval": ("arc_easy",)}, r"pip install 'paucity\[study\]'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(study(**prefill | fields), tmp_path / "out", loaded=loaded)
+    with pytest.raises(InputError, match=r"pip install 'paucity\[ray\]'"):
+        run(study(), tmp_path / "out", loaded=loaded, ray=True)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("changed", ["text.py", "model/config.json", "model/more.safetensors"])
+def test_other_texts_or_another_model_are_not_resumed(study, loaded, tmp_path, monkeypatch, changed):
+    loaded.model.save_pretrained(tmp_path / "model")
+
+    def dies(self, cell):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Worker, "measure", dies)
+    plan = study(model=str(tmp_path / "model"))
+    for resume in (False, True):
+        with pytest.raises(RuntimeError, match="killed"):
+            run(plan, tmp_path / "out", loaded=loaded, resume=resume)
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="resume must continue a run of the same plan"):
+        run(plan, tmp_path / "out", loaded=loaded, resume=True)

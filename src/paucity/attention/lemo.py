@@ -181,11 +181,11 @@ class AppliedLeMo:
         self.layers: dict[int, Layer] = {}
         self._norms: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
+        self._loss: SegmentedLoss | None = None
+        if options.segment is not None:  # first: it may refuse the model
+            self._loss = SegmentedLoss(model, options.segment, when=lambda: self.active(model))
         if "use_cache" in inspect.signature(model.forward).parameters:
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._loss: SegmentedLoss | None = None
-        if options.segment is not None:
-            self._loss = SegmentedLoss(model, options.segment, when=lambda: self.active(model))
 
     def install(self, layer: int, attention: nn.Module, mlp: tuple[nn.Module, str] | None, block: nn.Module) -> None:
         """Put the hooks on one layer; what `apply` does."""

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checks import check_ndim, fail
+from ..folder import replacing, write_whole
 from ..measure.tokens import device_of, evaluating, forward
 from ..ops.informative import block_totals, relative_scores
 from .influence import next_token_loss
@@ -62,14 +63,15 @@ class Fitted:
             for (site, layer), predictor in self.predictors.items()
             for name, tensor in predictor.state_dict().items()
         }
-        save_file(tensors, folder / "lemo.safetensors")
+        with replacing(folder / "lemo.safetensors") as temporary:
+            save_file(tensors, temporary)
         rows = [
             {"site": site, "layer": layer, "threshold": threshold, "recall": self.recall[site, layer]}
             | ({"loss": self.loss[site, layer]} if (site, layer) in self.loss else {})
             for (site, layer), threshold in self.thresholds.items()
         ]
         data = {"options": self.options.model_dump(mode="json"), "sites": rows}
-        (folder / "lemo.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / "lemo.json", json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Fitted":

@@ -79,7 +79,8 @@ def _attention(report: Report) -> Iterator[Row]:
     was, now = sum(entry.dense_ms for entry in layers), sum(entry.sparse_ms for entry in layers)
     for model, part in ((report.dense, was), (report.sparse, now)):
         whole = model.prefill_ms if model.prefill_tokens == tokens else None
-        shown.append(units.ms(part) + (f" ({units.percent(part / whole, 0)})" if whole else ""))
+        share = part / whole if whole else None  # of another run: on a busy machine it can be any number
+        shown.append(units.ms(part) + (f" ({units.percent(share, 0)})" if share and share <= 1 else ""))
     label = f"Attention, {units.count(tokens)} tokens"
     quantity = _Quantity(label, "", units.ms)
     row = _judged(quantity, was, now, False)

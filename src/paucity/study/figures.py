@@ -1,5 +1,6 @@
 """The frontiers of a study as figures: quality against what is read, and against what it costs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,13 @@ def styles(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def frontier(result: Result, phase: Phase, task: str, length: int) -> Picture:
-    """Quality against achieved density, a line with its interval for each method, dense across."""
-    rows = sorted(result.of(phase, task, length), key=lambda row: row.density)
-    (dense,) = (row for row in rows if row.method == DENSE)
+    """Quality against achieved density, a line with its interval for each method, dense across.
+
+    Rows without a density, where nothing was read by the policy, are left out.
+    """
+    (dense,) = (row for row in result.of(phase, task, length) if row.method == DENSE)
+    rows = [row for row in result.of(phase, task, length) if math.isfinite(row.density)]
+    rows.sort(key=lambda row: row.density)
     look = styles(result)
     with canvas(2.75) as figure:
         axes = figure.add_subplot()
@@ -46,11 +51,11 @@ def frontier(result: Result, phase: Phase, task: str, length: int) -> Picture:
             if all(row.low is not None for row in mine) and len(mine) > 1:
                 bounds = ([row.low for row in mine], [row.high for row in mine])
                 axes.fill_between(x, *bounds, color=look[method]["color"], alpha=0.08, linewidth=0)
-        _axis(axes, [row.density for row in rows if row.method != DENSE])
+        _axis(axes, [row.density for row in rows if row.method != DENSE] or [1.0])
         _quality(axes, rows)
         axes.set_xlabel(f"share {READ[phase]} that is read")
         title = label(task.replace("_", " "), 40)
-        best = max((row for row in rows if row.method != DENSE), key=lambda row: row.gain)
+        best = max((row for row in rows if row.method != DENSE), key=lambda row: row.gain, default=dense)
         alt = f"{title} in {phase} against density; dense {_value(dense)}, the best {best.method} {_value(best)}."
         svg = to_svg(figure, f"{phase}-{task.replace(' ', '-').replace(':', '-')}-{length}", alt)
     caption = f"Prompts of {count(length)} tokens. Bands: 95 % intervals; grey: dense."

@@ -13,6 +13,21 @@ METRICS = ("acc", "exact_match", "f1", "em", "pass@1")
 """Metrics looked for, the first that a task has; all in [0, 1], higher is better."""
 
 
+YAML = (".yaml", ".yml")
+
+
+def check_task(task: str) -> None:
+    """Refuse a task before any work: InputError if lm-eval is not installed, or the task's file does not exist."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise fail(
+            "study", "lm_eval", "be used with the extra installed (pip install 'paucity[study]')", task
+        ) from None
+    if Path(task).suffix in YAML and not Path(task).is_file():
+        raise fail("study", "lm_eval", "name a task or a YAML file that exists", task)
+
+
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: str, *, limit: int | None = None
 ) -> dict[str, Any]:
@@ -31,18 +46,13 @@ def evaluate(
         InputError: if lm-eval is not installed, does not know the task or cannot reach its data, or the task has none
             of `METRICS`.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise fail(
-            "study", "lm_eval", "be used with the extra installed (pip install 'paucity[study]')", task
-        ) from None
+    check_task(task)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     wanted: str | dict[str, Any] = task
-    if Path(task).suffix in (".yaml", ".yml"):
-        if not Path(task).is_file():
-            raise fail("study", "lm_eval", "name a task or a YAML file that exists", task)
+    if Path(task).suffix in YAML:
         wanted = yaml.safe_load(Path(task).read_text(encoding="utf-8"))
     try:
         found = lm_eval.simple_evaluate(

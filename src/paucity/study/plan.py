@@ -1,14 +1,17 @@
 """Study: methods × tasks × budgets × phases × lengths × seeds; a validated model, from YAML or built in Python."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..checks import check_choice, fail
+from ..checks import InputError, check_choice, fail
 from ..measure.prompts import TASKS
 from ..recipe import one_line, read_yaml
 from .methods import METHODS_AT, PHASES, Knob, Options, Phase, phase_of
@@ -77,7 +80,8 @@ class Cell:
     def name(self) -> str:
         """Unique in a study, and good as the name of a file."""
         parts = (self.phase, self.line, f"{self.budget:g}", self.task, str(self.length), str(self.seed))
-        return "-".join(part.replace(" ", "_").replace(":", "_").replace("/", "_") for part in parts)
+        readable = re.sub(r"[^\w.+-]", "_", "-".join(parts))[:120]
+        return f"{readable}-{hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:12]}"
 
 
 class Study(_Strict):
@@ -88,7 +92,9 @@ class Study(_Strict):
         budgets: shares of the pairs or keys that the methods may read.
         num_prompts: prompts of a task with one seed; windows, of perplexity.
         seeds: sets of prompts.
-        lm_eval: names of tasks of lm-eval, or YAML files of such tasks; they have lengths of their own.
+        phases: those of the methods if not given.
+        lm_eval: names of tasks of lm-eval, or YAML files of such tasks; they have lengths of their own, and measure
+            prefill methods alone: likelihoods decode nothing.
         limit: documents of each of them, all if None.
         repeats: rounds of each time measured; 0 measures no cost.
         text: haystack, and what perplexity is measured on.
@@ -111,8 +117,20 @@ class Study(_Strict):
     text: str = "held_out_python"
     calibration_text: str = "python"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_of_methods(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "phases" in data or not isinstance(data.get("methods"), list | tuple):
+            return data
+        found = _phases(data["methods"])
+        return {**data, "phases": found} if found else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Study":
+        for field in ("tasks", "budgets", "phases", "lengths", "lm_eval"):
+            values = getattr(self, field)
+            if repeated := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+                raise fail("study", field, "name nothing twice", f"{repeated[0]} again")
         labels = [line.label for line in self.methods]
         for number, line in enumerate(self.methods):
             if labels.index(line.label) != number or line.label == DENSE:
@@ -127,6 +145,10 @@ class Study(_Strict):
         for phase in self.phases:
             if not any(line.phase == phase for line in self.methods):
                 raise fail("study", "phases", "be those of the methods", f"{phase}, which none of them makes sparse")
+        if self.lm_eval and "prefill" not in self.phases:
+            raise fail("study", "lm_eval", "come with methods that make the prefill sparse", "the decode phase alone")
+        if not self.tasks and "decode" in self.phases:
+            raise fail("study", "tasks", "name at least one for the decode phase, where lm_eval tells nothing", "none")
         return self
 
     @classmethod
@@ -156,8 +178,10 @@ class Study(_Strict):
             raise one_line(error, where, list(known.model_fields)) from None
 
     def changed(self, **fields: Any) -> "Study":
-        """The same study with other fields; those that are None stay as they are."""
-        return self._validated(self.model_dump() | {k: v for k, v in fields.items() if v is not None}, "study")
+        """The same study with other fields; those that are None stay as they are. New methods bring their phases."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        kept = {name: value for name, value in self.model_dump().items() if name != "phases" or "methods" not in given}
+        return self._validated(kept | given, "study")
 
     def to_yaml(self) -> str:
         """The study with every default written out, as YAML that `load` reads."""
@@ -170,15 +194,26 @@ class Study(_Strict):
     def cells(self) -> Iterator[Cell]:
         """Everything that is measured, what can run side by side first; then, one at a time, what is timed."""
         lengths = sorted(set(self.lengths))
-        tasks = [(task, n, seed) for n in lengths for task in self.tasks for seed in range(self.seeds)]
-        tasks += [(LM_EVAL + name, max(lengths), 0) for name in self.lm_eval]
+        own = [(task, n, seed) for n in lengths for task in self.tasks for seed in range(self.seeds)]
+        others = [(LM_EVAL + name, max(lengths), 0) for name in self.lm_eval]
         for phase in self.phases:
+            tasks = own + (others if phase == "prefill" else [])
             yield from (Cell(phase, DENSE, 1.0, *task) for task in tasks)
             for line in self.lines(phase):
                 yield from (Cell(phase, line.label, budget, *task) for budget in self.budgets for task in tasks)
         for phase in self.phases if self.repeats else ():
             for line in self.lines(phase):
                 yield from (Cell(phase, line.label, b, COST, n, 0) for n in lengths for b in self.budgets)
+
+
+def _phases(methods: Sequence[Any]) -> tuple[Phase, ...]:
+    """The phases that lines make sparse; what is no line of a known method is refused elsewhere."""
+    found = set()
+    for line in methods:
+        name = line.get("method") if isinstance(line, dict) else getattr(line, "method", line)
+        with suppress(InputError):
+            found.add(phase_of(str(name)))
+    return tuple(phase for phase in PHASES if phase in found)
 
 
 QUICK_METHODS: dict[Phase, tuple[str, ...]] = {
@@ -211,9 +246,8 @@ def default_study(*, quick: bool = False, **fields: Any) -> Study:
         phase: tuple(name for name in METHODS_AT if phase_of(name) == phase) for phase in PHASES
     }
     table = QUICK_METHODS if quick else known
-    if "phases" not in given and "methods" in given:
-        named = {phase_of(name) for name in given["methods"]}
-        given["phases"] = tuple(phase for phase in PHASES if phase in named)
+    if "methods" in given:
+        return Study.build(**(QUICK if quick else {}) | given)
     wanted = given.get("phases", tuple(phase for phase in PHASES if table[phase]))
     methods = tuple(name for phase in PHASES if phase in wanted for name in table[phase])
     return Study.build(**{"methods": methods, "phases": wanted} | (QUICK if quick else {}) | given)

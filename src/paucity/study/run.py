@@ -10,9 +10,11 @@ from ..folder import Folder, write_whole
 from ..models.facts import model_facts
 from ..models.load import Loaded, load
 from ..report import environment
+from .harness import check_task
 from .page import render
 from .plan import COST, Cell, Study
 from .results import Result, summarize
+from .sources import Sourced
 from .verdict import verdict
 from .worker import Worker
 
@@ -37,7 +39,8 @@ def run(
         study: what to compare.
         out: folder of ``study.json``, ``study.html`` and ``study.yaml``.
         force: replace ``out`` if it exists, once the study is complete; discard an unfinished one.
-        resume: continue an unfinished study of the same plan; cells that are done are not measured again.
+        resume: continue an unfinished study of the same plan on the same texts and model; cells that are done are not
+            measured again.
         workers: processes that measure quality side by side, with ``ray``; times are measured in one, alone.
         ray: whether Ray runs the workers (``pip install 'paucity[ray]'``).
         loaded: the study's model, if it is there already.
@@ -51,13 +54,18 @@ def run(
     check_int("study", "workers", workers)
     if workers > 1 and not ray:
         raise fail("study", "workers", "be 1 without --ray", workers)
-    folder.check(study, force=force, resume=resume)
+    if ray:
+        _ray()
+    for task in study.lm_eval:
+        check_task(task)
+    plan = Sourced.of(study)
+    folder.check(plan, force=force, resume=resume)
     model = loaded or load(study.model, dtype=study.dtype)
     worker = Worker(study, model)
     cells = list(study.cells())
     for cell in cells:  # whatever does not fit is refused before anything is measured
         worker.check(cell)
-    folder.open(study, resume=resume)
+    folder.open(plan, resume=resume)
     left = [cell for cell in cells if not folder.has(cell.name)]
     done, tell = len(cells) - len(left), on_progress or _silent
     side_by_side = [cell for cell in left if cell.task != COST]
@@ -100,12 +108,9 @@ def _here(worker: Worker, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[st
 
 def _with_ray(study: Study, cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Cells as they are done by ``workers`` processes; each loads the model itself and has its share of the threads."""
-    try:
-        import ray
-    except ImportError:
-        raise fail("study", "ray", "be used with the extra installed (pip install 'paucity[ray]')", True) from None
     import torch
 
+    ray = _ray()
     threads = max(1, torch.get_num_threads() // workers)
     own = not ray.is_initialized()
     if own:
@@ -126,6 +131,14 @@ def _with_ray(study: Study, cells: Sequence[Cell], workers: int) -> Iterator[tup
     finally:
         if own:
             ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise fail("study", "ray", "be used with the extra installed (pip install 'paucity[ray]')", True) from None
+    return ray
 
 
 class _Remote:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..attention import AppliedAttention, AppliedDecode, AppliedEviction, PolicySearch, apply
 from ..attention.portable import Policy, options_for, options_from
 from ..attention.watch import watch
+from ..checks import check_int, fail
 from ..measure.continuation import continuation
 from ..measure.cost import decode, prefill, time_interleaved
 from ..measure.data import read_text
@@ -78,12 +79,22 @@ class Worker:
         Raises:
             InputError: as the measurement would.
         """
+        if not cell.task.startswith(LM_EVAL):
+            check_context("study", "lengths", self.loaded.model, cell.length)
+        if cell.task in (PERPLEXITY, COST):
+            check_int("study", "lengths", cell.length, 4)
+            room = cell.length - len(leading_ids(self.tokenizer))
+            if room > len(self._ids):
+                raise fail("study", "text", f"have at least {room} tokens", len(self._ids))
         if cell.line != DENSE:
             line = self._line(cell)
             options = line.options_at(cell.budget, cell.length)
-            build(line.method, options.options(options.high) if isinstance(options, Knob) else options)
-        elif not cell.task.startswith(LM_EVAL) and cell.task != PERPLEXITY and cell.seed == 0:
-            check_context("study", "lengths", self.loaded.model, cell.length)
+            built = build(line.method, options.options(options.high) if isinstance(options, Knob) else options)
+            if isinstance(options, Knob):
+                self._calibrate(cell.length, 1)
+            elif isinstance(built, PolicySearch):
+                self._calibrate(cell.length, NUM_SAMPLES)
+        elif cell.task in TASKS and cell.seed == 0:
             rng = random.Random(0)
             build_prompt(self.tokenizer, TASKS[cell.task](rng), self._ids, cell.length, rng, line_ends=())
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...checks import check_ndim, check_shape, fail
+from ...folder import replacing, write_whole
 from ...measure.tokens import Progress, device_of
 from .inject import Memory, TreeCrossAttention, injected
 from .lower import LowerModel, compress
@@ -167,12 +168,26 @@ class SharedLLM(nn.Module):
             kept |= {id(weight) for weight in layer.self_attn.parameters()}
         return {name: weight for name, weight in self.named_parameters() if id(weight) in kept}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``shared_llm.safetensors``, all that training changes, and ``shared_llm.json``; the folder is made."""
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write ``shared_llm.safetensors``, all that training changes, and ``shared_llm.json``; the folder is made.
+
+        Args:
+            folder: new, empty, or of an earlier `save`, whose files are replaced.
+            force: write beside whatever else is there.
+
+        Raises:
+            InputError: if ``folder`` is a file, or holds other files without ``force``.
+        """
         target = Path(folder)
+        if target.exists() and not target.is_dir():
+            raise fail("save", "folder", "be a folder", f"the file {target}")
+        others = sorted({path.name for path in target.iterdir()} - {WEIGHTS, OPTIONS}) if target.exists() else []
+        if others and not force:
+            raise fail("save", "folder", "hold nothing else (force writes all the same)", f"{target} with {others[0]}")
         target.mkdir(parents=True, exist_ok=True)
-        save_file({name: w.detach().contiguous() for name, w in self.trained_parameters().items()}, target / WEIGHTS)
-        (target / OPTIONS).write_text(self.options.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with replacing(target / WEIGHTS) as temporary:
+            save_file({name: w.detach().contiguous() for name, w in self.trained_parameters().items()}, temporary)
+        write_whole(target / OPTIONS, self.options.model_dump_json(indent=2) + "\n")
         return target
 
     @classmethod

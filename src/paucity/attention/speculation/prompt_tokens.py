@@ -22,10 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...checks import check_int, check_ndim, check_range, fail
+from ...folder import replacing
 from ...measure.tokens import Progress, device_of, evaluating
 from ...models.text_config import text_config
 from .lessons import embed, guesses, lesson
@@ -52,12 +54,28 @@ class PromptTokens(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the embeddings as safetensors."""
-        save_file({"embeddings": self.embeddings.detach().contiguous()}, path)
+        with replacing(Path(path)) as temporary:
+            save_file({"embeddings": self.embeddings.detach().contiguous()}, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> "PromptTokens":
-        """Read what `save` wrote."""
-        return cls(load_file(path)["embeddings"])
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if there is no such file, or it holds something else.
+        """
+        constraint = "be a file that save wrote"
+        if not Path(path).is_file():
+            raise fail("PromptTokens.load", "path", constraint, f"{path}, which is no file")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise fail("PromptTokens.load", "path", constraint, f"{path} ({error})") from None
+        found = tensors.get("embeddings")
+        if len(tensors) != 1 or found is None or found.ndim != 3 or not found.is_floating_point():
+            names = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "nothing"
+            raise fail("PromptTokens.load", "path", constraint, f"{path} with {names}")
+        return cls(found)
 
 
 def train_prompt_tokens(

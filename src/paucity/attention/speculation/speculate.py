@@ -24,7 +24,7 @@ from ...checks import check_int, check_ndim, check_range, check_shape, fail
 from ...measure.tokens import check_context, device_of, evaluating
 from .drafting import Draft, drafting, without_prefill
 from .passes import text_pass
-from .result import Speculation, end_tokens
+from .result import Speculation, end_tokens, pad_token
 from .verify import accept_greedy, accept_sampled
 
 
@@ -98,7 +98,7 @@ def speculate(
         top_p: draw among the likeliest that make up this much.
         seed: of what is drawn.
         eos_token_id: tokens that end a text, those of the model by default.
-        pad_token_id: what follows the end of a row; the first of those that end a text by default.
+        pad_token_id: what follows the end of a row; by default the model's, or else the first of those that end a text.
         cache: an empty cache that can be cropped, if the draft needs one of its own.
 
     A prefill policy that the model carries rules the prompt, and nothing else.
@@ -124,7 +124,7 @@ def speculate(
     if cache.get_seq_length():
         raise fail(name, "cache", "be empty", f"{cache.get_seq_length()} tokens")
     ends = end_tokens(model, eos_token_id)
-    pad_id = min(ends, default=0) if pad_token_id is None else pad_token_id
+    pad_id = pad_token(model, eos_token_id) if pad_token_id is None else pad_token_id
     device = device_of(model)
     stops = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     sampler = Sampler(
@@ -132,7 +132,7 @@ def speculate(
     )
     tokens = input_ids.to(device)
     start, ended = tokens.shape[1], torch.zeros(len(tokens), dtype=torch.bool, device=device)
-    drafted_counts, accepted, advanced = list[int](), list[Tensor](), list[int]()
+    drafted_counts, accepted, advanced, over = list[int](), list[Tensor](), list[int](), list[Tensor]()
     seconds = [0.0, 0.0, 0.0]
 
     def run(ids: Tensor, keep: int | None = None) -> Tensor:
@@ -150,9 +150,14 @@ def speculate(
         after_prompt.enter_context(without_prefill(model))
         while True:
             new = torch.where(ended.unsqueeze(1), pad_id, new)
+            before = tokens.shape[1]
             for column in new.unbind(1):  # what follows the end of a row is padding
                 tokens = torch.cat([tokens, torch.where(ended, pad_id, column).unsqueeze(1)], dim=1)
                 ended = ended | torch.isin(column, stops)
+                if bool(ended.all()):
+                    break
+            if before > start:
+                advanced.append(tokens.shape[1] - before)
             left = start + max_new_tokens - tokens.shape[1]
             if not left or bool(ended.all()):
                 break
@@ -177,11 +182,12 @@ def speculate(
             seconds[2] += time.perf_counter() - clock
             drafted_counts.append(size)
             accepted.append(count.masked_fill(ended, 0).cpu())
-            advanced.append(gained + 1)
+            over.append(ended.cpu())
         density = drafted_by.density()
     rows = torch.stack(accepted) if accepted else torch.zeros(0, len(tokens), dtype=torch.long)
+    was_over = torch.stack(over) if over else None
     counts, moved = (torch.tensor(numbers, dtype=torch.long) for numbers in (drafted_counts, advanced))
-    return Speculation(tokens, counts, rows, moved, seconds[0], seconds[1], seconds[2], density)
+    return Speculation(tokens, counts, rows, moved, seconds[0], seconds[1], seconds[2], density, was_over)
 
 
 def _padding(name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

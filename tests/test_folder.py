@@ -1,0 +1,40 @@
+import pytest
+from pydantic import BaseModel
+
+from paucity.checks import InputError
+from paucity.folder import Folder, replacing
+
+
+class Plan(BaseModel):
+    number: int = 1
+
+
+def test_a_published_folder_replaces_the_older_one_and_nothing_else(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/before").touch()
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old/mine").write_text("kept")
+    folder = Folder(tmp_path / "out", "job")
+    with pytest.raises(InputError, match="out must not exist"):
+        folder.check(Plan(), force=False, resume=False)
+    folder.open(Plan(), resume=False)
+    folder.keep("stage", 3)
+    (folder.partial / "after").touch()
+    folder.publish()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["after"]
+    assert (tmp_path / "out.old/mine").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.old"}
+
+
+def test_what_fails_while_it_is_written_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def half():
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half()
+    assert (tmp_path / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
