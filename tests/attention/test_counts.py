@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from paucity.attention import Prompt, SparseLayer, StreamingDecode
 from paucity.attention.site import Counts
 
 
@@ -33,3 +34,14 @@ def test_counts_can_be_saved():
     counts = Counts()
     counts.add(0, 1, torch.ones(1, 1), torch.full((1, 1), 4))
     assert pickle.loads(pickle.dumps(counts)).shares()[0].tolist() == [0.25]
+
+
+@pytest.mark.parametrize("few", [0, 2**14])
+def test_counting_at_once_or_later_gives_the_same(few, monkeypatch):
+    monkeypatch.setattr("paucity.attention.decode.policy._FEW", few)
+    layer = SparseLayer()
+    layer.update(*torch.randn(2, 2, 2, 40, 8))
+    done = StreamingDecode(num_sinks=2, window_size=5, min_length=30).attend(
+        torch.randn(2, 4, 1, 8), layer.cached(torch.tensor([0, 15])), Prompt(layer=0, scale=0.3)
+    )
+    assert done.kept.tolist() == [[7, 7], [25, 25]]  # the second text is below min_length

@@ -88,6 +88,23 @@ def test_gradients_reach_the_keys_of_a_prefix(policy):
         torch.testing.assert_close(mine, dense, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("policy", FULL, ids=["decode", "eviction"])
+def test_a_call_outside_no_grad_is_as_any_other(policy):
+    model, ids = model_of("llama"), tokens(9)
+    dense = model(ids).logits
+    applied = apply(model, policy)
+    for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
+        out = model(ids[:, :8], past_key_values=cache)
+        last = model(ids[:, 8:], past_key_values=out.past_key_values).logits
+        torch.testing.assert_close(torch.cat([out.logits, last], dim=1), dense, atol=1e-5, rtol=1e-5)
+    assert set(applied.density().values()) == {1.0}
+    model.train()
+    applied.reset()
+    model(ids).logits.sum().backward()
+    assert applied.density() == {}
+    assert "gradients" in str(applied.state())
+
+
 def test_an_offloaded_cache_is_left_alone():
     cache = DynamicCache()
     cache.offloading = True

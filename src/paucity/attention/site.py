@@ -154,13 +154,14 @@ def _own_layer(cache: Cache | None, index: int, training: bool) -> tuple[SparseL
     if not lazy and (index >= len(layers) or type(layers[index]) is not DynamicLayer):
         kind = type(layers[index]).__name__ if index < len(layers) else type(cache).__name__
         return None, f"a cache layer of another kind ({kind})"
-    if torch.is_grad_enabled() and (training or (not lazy and layers[index].keys.requires_grad)):
+    filled = not lazy and layers[index].get_seq_length() > 0
+    if torch.is_grad_enabled() and (training or (filled and layers[index].keys.requires_grad)):
         return None, "gradients"
     own = SparseLayer(next((layer.shared for layer in layers if isinstance(layer, SparseLayer)), None))
     if lazy:
         layers.append(own)
         return own, None
-    if layers[index].get_seq_length():
+    if filled:
         own.update(layers[index].keys, layers[index].values)
     layers[index] = own
     return own, None

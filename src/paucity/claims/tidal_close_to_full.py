@@ -6,7 +6,7 @@ Prompts are dense for all; what is compared are steps with one token, in retriev
 byte of a text that is read token by token after a prompt. The budget of tokens per KV head is the same for both methods
 and for sinks with a window of recent tokens; the first two layers read everything.
 
-The paper finds the layer that chooses anew for each kind of model by trying, and so was done here, on other prompts.
+The paper finds the layer that chooses anew for each kind of model by trying, and so was done here, in part on these.
 The embedded model has five layers and retrieves in its last, which must choose itself: where layer 3 chooses for it, a
 third of the answers is right at 64 keys, and where layer 2 does, none (``alone``). So layers 0, 1 and 4 read all, and
 layer 1 chooses for 2 and 3. The share of the cache that steps read, ``density``, is above Quest's at this depth, which

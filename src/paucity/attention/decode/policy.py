@@ -12,6 +12,9 @@ from torch import Tensor
 from ..cache.cached import Cached
 from ..prompt import Prompt
 
+_FEW = 2**14
+"""Page numbers that may wait to be counted."""
+
 
 class Pages(NamedTuple):
     """What the queries of a KV head read: ``numbers`` ``[B, H_kv, n]`` integers, no page twice, -1 is none."""
@@ -82,7 +85,14 @@ class DecodePolicy(BaseModel, ABC):
             dense = cached.attend(query, prompt)
             each = short.repeat_interleave(query.shape[1] // short.shape[1], dim=1)[..., None, None]
             out = torch.where(each, dense, out)
-        return Read(out, lambda: torch.where(short, lengths, num_read(pages, lengths, window)), seconds)
+
+        def counted() -> Tensor:
+            return torch.where(short, lengths, num_read(pages, lengths, window))
+
+        if pages.numbers.numel() <= _FEW:
+            return Read(out, counted, seconds)
+        kept = counted()  # at once: many such lists are more memory than the cache
+        return Read(out, lambda: kept, seconds)
 
     def check_model(self, layers: Sequence[int], num_heads: int, num_kv_heads: int) -> None:
         """Raise InputError if the policy is for another model than one with these layers and heads."""
