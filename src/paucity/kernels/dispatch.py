@@ -67,7 +67,12 @@ def twin(kernel: str, tensor: Tensor) -> str:
 
 def module(kernel: str, tensor: Tensor, package: str | None) -> ModuleType:
     """The twin that `twin` names, as the module of that name in ``package``, the caller's ``__package__``."""
-    return importlib.import_module(f".{twin(kernel, tensor)}", package)
+    return _module(twin(kernel, tensor), package)
+
+
+@functools.cache
+def _module(name: str, package: str | None) -> ModuleType:
+    return importlib.import_module(f".{name}", package)
 
 
 def check_devices(function: str, device: torch.device, **tensors: Tensor | None) -> None:

@@ -77,13 +77,13 @@ def function(name: str, *types: Any) -> Callable[..., int]:
     """
 
     @functools.cache
-    def bound(chosen: str) -> Callable[..., int]:
-        entry = library()[f"paucity_{name}_{chosen}"]  # type: ignore[index]
+    def bound(asked: str | None) -> Callable[..., int]:
+        entry = library()[f"paucity_{name}_{instruction_set()}"]  # type: ignore[index]
         entry.argtypes = [*types, INT]
         entry.restype = ctypes.c_int
         return entry
 
     def call(*args: Any) -> int:
-        return bound(instruction_set())(*args, torch.get_num_threads())
+        return bound(os.environ.get("PAUCITY_ISA"))(*args, torch.get_num_threads())
 
     return call

@@ -46,11 +46,11 @@ def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tens
     tokens = as_tokens(x)
     out: Tensor
     if isinstance(weight, PackedBlocks):
-        out = packed_op.packed_blocks(tokens, weight.values, weight.columns, weight.row_offsets, bias)
+        out = packed_op.run_blocks(tokens, weight.values, weight.columns, weight.row_offsets, bias)
     elif isinstance(weight, PackedGroups):
         parts = (weight.codes, weight.scales, weight.zeros, weight.columns, weight.row_offsets)
-        out = packed_op.packed_groups(tokens, *parts, bias)
+        out = packed_op.run_groups(tokens, parts, bias)
     else:
         offsets = weight.row_offsets if isinstance(weight, PackedBitmask) else None
-        out = packed_op.packed_bits(tokens, weight.values, weight.bits, offsets, bias)
+        out = packed_op.run_bits(tokens, weight.values, weight.bits, offsets, bias)
     return out.view(*x.shape[:-1], rows)

@@ -65,8 +65,7 @@ def _backward(grad: Tensor, cols: int, rows: int, height: int, unpack: Callable[
     return out.to(grad.dtype)
 
 
-@torch.library.custom_op("paucity::packed_bits_linear", mutates_args=())
-def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+def _packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `reference.packed_bits`."""
     twin = _twin(x)
     if x.shape[0] <= MAX_TOKENS:
@@ -80,6 +79,9 @@ def packed_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | N
     return _prefill(x, bits.shape[0], 1, bias, unpack)
 
 
+packed_bits = torch.library.custom_op("paucity::packed_bits_linear", _packed_bits, mutates_args=())
+
+
 @torch.library.custom_op("paucity::unpack_bit_rows", mutates_args=())
 def unpack_bit_rows(
     values: Tensor, bits: Tensor, row_offsets: Tensor | None, cols: int, start: int, stop: int
@@ -91,8 +93,7 @@ def unpack_bit_rows(
     return out
 
 
-@torch.library.custom_op("paucity::packed_blocks_linear", mutates_args=())
-def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
+def _packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.packed_blocks`."""
     twin = _twin(x)
     if _streams_blocks(x, values.shape[2]):
@@ -110,6 +111,9 @@ def packed_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tenso
     return _prefill(x, len(row_offsets) - 1, values.shape[1], bias, unpack)
 
 
+packed_blocks = torch.library.custom_op("paucity::packed_blocks_linear", _packed_blocks, mutates_args=())
+
+
 @torch.library.custom_op("paucity::unpack_block_rows", mutates_args=())
 def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols: int, start: int, stop: int) -> Tensor:
     """See `reference.unpack_block_rows`."""
@@ -119,8 +123,7 @@ def unpack_block_rows(values: Tensor, columns: Tensor, row_offsets: Tensor, cols
     return out
 
 
-@torch.library.custom_op("paucity::packed_groups_linear", mutates_args=())
-def packed_groups(
+def _packed_groups(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -141,6 +144,9 @@ def packed_groups(
         return chunk
 
     return _prefill(x, len(row_offsets) - 1, 1, bias, unpack)
+
+
+packed_groups = torch.library.custom_op("paucity::packed_groups_linear", _packed_groups, mutates_args=())
 
 
 @torch.library.custom_op("paucity::unpack_group_rows", mutates_args=())
@@ -188,6 +194,38 @@ def _(x: Tensor, codes: Any, scales: Any, zeros: Any, columns: Any, row_offsets:
 @unpack_group_rows.register_fake
 def _(codes: Any, scales: Tensor, zeros: Any, columns: Any, offsets: Any, cols: int, start: int, stop: int) -> Tensor:
     return scales.new_empty(stop - start, cols)
+
+
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody records, traces or counts operators now, so that a kernel may be called without the dispatcher.
+
+    That costs several times what a small layer takes.
+    """
+    tracked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if tracked or type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return (
+        not watched and torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+    )
+
+
+def run_bits(x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`packed_bits`, directly where that makes no difference; so are the next two."""
+    out: Tensor = (_packed_bits if is_plain(x, bias) else packed_bits)(x, values, bits, row_offsets, bias)
+    return out
+
+
+def run_blocks(x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """See `packed_blocks`."""
+    out: Tensor = (_packed_blocks if is_plain(x, bias) else packed_blocks)(x, values, columns, row_offsets, bias)
+    return out
+
+
+def run_groups(x: Tensor, packed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    """See `packed_groups`."""
+    out: Tensor = (_packed_groups if is_plain(x, bias) else packed_groups)(x, *packed, bias)
+    return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
