@@ -1,11 +1,74 @@
 """Token windows of a text, for methods that look at what runs through the model before they choose."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import InputTypeError, check_int, fail
-from ..measure.tokens import encode, leading_ids
+from ..measure.tokens import check_context, encode, leading_ids
+
+Batch = Tensor | tuple[Tensor, Tensor]
+"""What a model is calibrated with: ``input_ids [1, T]`` int64, or inputs of any other model, with labels or without."""
+
+
+def as_batches(function: str, model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
+    """Any calibration data as a list of batches that ``model`` takes, checked before any work.
+
+    Args:
+        function: in whose name errors speak.
+        model: what will be run.
+        calibration: a list or a DataLoader of tensors, of ``(inputs, labels)``, or of mappings with ``input_ids`` and
+            perhaps ``attention_mask`` (of a language model: padding is cut off, rows become batches of their own).
+
+    Raises:
+        InputError: if a batch is empty, is no such thing, or holds token ids beyond the vocabulary, texts beyond the
+            context, NaN or infinities.
+    """
+    batches: list[Batch] = []
+    for entry in calibration:
+        batches += _batches(function, entry)
+    text = isinstance(model, PreTrainedModel)
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, tuple) else batch
+        if not inputs.numel():
+            raise fail(function, "calibration", "hold no empty batch", f"shape {list(inputs.shape)}")
+        if inputs.is_floating_point():
+            if not bool(inputs.isfinite().all()):
+                raise fail(function, "calibration", "be finite", "a batch with NaN or infinity")
+        elif text:
+            _check_ids(function, model, inputs)
+    return batches
+
+
+def _batches(function: str, entry: Any) -> list[Batch]:
+    if isinstance(entry, Mapping) and "input_ids" in entry:
+        ids, mask = torch.as_tensor(entry["input_ids"]), entry.get("attention_mask")
+        ids = ids if ids.ndim == 2 else ids.unsqueeze(0)
+        if mask is None:
+            return [ids]
+        rows = zip(ids, torch.as_tensor(mask).view(ids.shape).bool(), strict=True)
+        return [row[kept].unsqueeze(0) for row, kept in rows if bool(kept.any())]
+    if isinstance(entry, tuple | list) and len(entry) == 2 and all(isinstance(part, Tensor) for part in entry):
+        return [(entry[0], entry[1])]
+    if isinstance(entry, tuple | list) and len(entry) == 1 and isinstance(entry[0], Tensor):
+        return [entry[0]]  # what a TensorDataset gives
+    if isinstance(entry, Tensor):
+        return [entry]
+    wanted = "tensors, (inputs, labels) or mappings with input_ids"
+    raise InputTypeError(f"{function}: calibration must hold {wanted}, got {type(entry).__name__}.")
+
+
+def _check_ids(function: str, model: Any, ids: Tensor) -> None:
+    if ids.ndim != 2:
+        raise fail(function, "calibration", "hold input_ids [batch, tokens]", f"shape {list(ids.shape)}")
+    size = model.get_input_embeddings().num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise fail(function, "calibration", f"hold token ids from 0 to {size - 1}", low if low < 0 else high)
+    check_context(function, "length of calibration", model, ids.shape[1])
 
 
 def calibration_batches(

@@ -21,12 +21,16 @@ OnInput = Callable[[Site, Tensor, int | None], None]
 
 
 @contextmanager
-def capture_inputs(model: nn.Module, sites: Sequence[Site], on_input: OnInput) -> Iterator[None]:
+def capture_inputs(
+    model: nn.Module, sites: Sequence[Site], on_input: OnInput, *, patches: bool = False
+) -> Iterator[None]:
     """While the context is open, call ``on_input(site, inputs, expert)`` whenever a site's module runs.
 
     ``inputs`` is ``[num_tokens, in]`` in the model's dtype, batch and positions flattened (for a convolution all places
     of all images, channels last). ``expert`` is None, or the index of the expert, called for every expert in turn with
-    the tokens routed to it, possibly none. The hooks are gone afterwards, also after an exception.
+    the tokens routed to it, possibly none. With ``patches`` a convolution gives what each of its output places reads,
+    ``[places, kernel * in / groups]``, channels last, padding included, and ``expert`` counts its groups. The hooks are
+    gone afterwards, also after an exception.
 
     Raises:
         InputError: if a site is an embedding (its input is ids) or not in the model.
@@ -36,7 +40,7 @@ def capture_inputs(model: nn.Module, sites: Sequence[Site], on_input: OnInput) -
             if site.kind in ("embedding", "position_embedding"):
                 raise fail("capture_inputs", "sites", "not hold embeddings, whose input is ids", site.name)
             weight_view(model, site)  # raises for a site of another model
-            hook = partial(_on_forward, model, site, on_input)
+            hook = partial(_on_forward, model, site, on_input, patches)
             module = model.get_submodule(site.module)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
@@ -142,7 +146,13 @@ def _forward(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
 
 
 def _on_forward(
-    model: nn.Module, site: Site, on_input: OnInput, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    site: Site,
+    on_input: OnInput,
+    patches: bool,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     values = [*args, *kwargs.values()]
     if site.kind in ("expert_gate_up", "expert_down"):
@@ -150,10 +160,36 @@ def _on_forward(
             on_input(site, inputs, expert)
         return
     inputs = values[0].detach()
+    if site.kind == "conv" and patches:
+        for group, rows in enumerate(conv_patches(module, inputs)):
+            on_input(site, rows, group)
+        return
     if site.kind == "conv":
         weight = weight_view(model, site)
         inputs = inputs.movedim(1 - weight.ndim, -1)  # channels stand before the places, with or without a batch
     on_input(site, inputs.reshape(-1, inputs.shape[-1]), None)
+
+
+def conv_patches(module: Any, inputs: Tensor) -> Tensor:
+    """What every output place of a convolution reads.
+
+    Args:
+        module: ``nn.Conv1d``, ``Conv2d`` or ``Conv3d``; its stride, padding, dilation and groups count.
+        inputs: ``[N, in, *spatial]`` or ``[in, *spatial]``.
+
+    Returns:
+        ``[groups, N * places, kernel * in / groups]``; columns are the places of the kernel, and within one the
+        channels of the group.
+    """
+    dims = len(module.kernel_size)
+    x = inputs if inputs.ndim == dims + 2 else inputs.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
+        x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap]
+    x = x.reshape(len(x), module.groups, -1, *x.shape[2:])  # [N, groups, channels, *places, *kernel]
+    x = x.movedim(1, 0).movedim(2, -1)  # [groups, N, *places, *kernel, channels]
+    return x.flatten(2 + dims).flatten(1, 1 + dims)
 
 
 def _expert_inputs(

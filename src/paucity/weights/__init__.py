@@ -1,7 +1,28 @@
 """Sparse weights: pruning after training."""
 
-from .apply import AppliedWeights, prune
-from .magnitude import magnitude_mask, magnitude_score
-from .wanda import wanda_mask, wanda_score
+from .dsnot import DSnoT, dsnot_mask
+from .magnitude import Magnitude, magnitude_mask, magnitude_score
+from .pruning import AppliedWeights, prune
+from .random import Random, random_score
+from .sparsegpt import SparseGPT, sparsegpt_sweep
+from .taylor import Taylor, taylor_score
+from .wanda import Wanda, wanda_mask, wanda_score
 
-__all__ = ["AppliedWeights", "magnitude_mask", "magnitude_score", "prune", "wanda_mask", "wanda_score"]
+__all__ = [
+    "AppliedWeights",
+    "DSnoT",
+    "Magnitude",
+    "Random",
+    "SparseGPT",
+    "Taylor",
+    "Wanda",
+    "dsnot_mask",
+    "magnitude_mask",
+    "magnitude_score",
+    "prune",
+    "random_score",
+    "sparsegpt_sweep",
+    "taylor_score",
+    "wanda_mask",
+    "wanda_score",
+]

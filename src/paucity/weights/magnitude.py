@@ -1,13 +1,23 @@
 """Magnitude pruning: the smallest weights go.
 
 Paper: Han et al. 2015, https://arxiv.org/abs/1506.02626, section 3; one-shot as the baseline of Wanda,
-https://arxiv.org/abs/2306.11695, compared within a whole layer. Not implemented here: retraining between steps.
+https://arxiv.org/abs/2306.11695, compared within a whole layer. Retraining between steps is
+`paucity.weights.iterative`.
 """
 
 from torch import Tensor
 
 from ..checks import check_floating, check_ndim
 from ..ops.select import global_topk_mask
+from .pruner import Layer, Pruner
+
+
+class Magnitude(Pruner):
+    """Options of ``magnitude``: all weights of a layer compete."""
+
+    def score(self, layer: Layer) -> Tensor:
+        """See `magnitude_score`."""
+        return magnitude_score(layer.weight)
 
 
 def magnitude_score(weight: Tensor) -> Tensor:

@@ -4,10 +4,26 @@ Paper: Sun et al. 2023, https://arxiv.org/abs/2306.11695, Eq. 1 and Algorithm 1.
 official code that searches a threshold on the cumulative score instead of taking the top-k of a row.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..checks import check_floating, check_ndim, check_shape
 from ..ops.select import topk_mask
+from .pruner import Layer, Pruner, Scope
+from .statistics import InputNorm
+
+
+class Wanda(Pruner):
+    """Options of ``wanda``: the weights of an output row compete."""
+
+    gathers: ClassVar[type[InputNorm] | None] = InputNorm
+    scope: Scope = "row"
+
+    def score(self, layer: Layer) -> Tensor:
+        """See `wanda_score`."""
+        assert layer.inputs is not None  # gathered, as asked for
+        return wanda_score(layer.weight, layer.inputs.norm)
 
 
 def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:

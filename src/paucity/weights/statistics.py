@@ -1,0 +1,212 @@
+"""What is gathered of a layer's inputs over the calibration tokens before its weights are pruned.
+
+Every statistic takes inputs ``[tokens, in]`` batch by batch in any float dtype and holds no more than its sums: norms
+and moments ``[in]`` each, a Gram matrix ``[in, in]`` float32. Sites that read the very same tensor (query, key and
+value; gate and up) share one statistic, which is gathered once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import InputError, fail
+from ..models.hooks import capture_inputs
+from ..models.sites import Site
+from .matrices import num_matrices
+
+_PANEL = 768
+"""Columns of a Gram matrix that are computed at a time: only what lies on and left of the diagonal panels is."""
+_MOST_DAMPING = 100.0
+
+
+class Statistic(ABC):
+    """Sums over the inputs of a layer."""
+
+    num_tokens: int = 0
+
+    @abstractmethod
+    def add(self, inputs: Tensor) -> None:
+        """Take in ``[tokens, in]``, finite, float32."""
+
+
+@dataclass(eq=False)
+class InputNorm(Statistic):
+    """Sum of squares of every input feature, for the L2 norm of Wanda (Eq. 1 of https://arxiv.org/abs/2306.11695)."""
+
+    size: int
+    squares: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.squares = torch.zeros(self.size, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """Squares are summed in float32 within a batch and in float64 over batches."""
+        self.squares += torch.linalg.vector_norm(inputs, dim=0).double().square().cpu()
+        self.num_tokens += len(inputs)
+
+    @property
+    def norm(self) -> Tensor:
+        """``[in]`` float32; all ones where nothing but zeros was seen, which leaves a score to the weights."""
+        return (self.squares.sqrt() if self.seen else torch.ones_like(self.squares)).float()
+
+    @property
+    def seen(self) -> bool:
+        """Whether any input was not zero."""
+        return bool((self.squares > 0).any())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs were."""
+        return bool(self.squares.isfinite().all())
+
+
+@dataclass(eq=False)
+class InputMoments(InputNorm):
+    """Norm, mean and variance of every input feature, for DSnoT (https://arxiv.org/abs/2310.08915, Eq. 4)."""
+
+    total: Tensor = field(init=False)
+    num_batches: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.total = torch.zeros(self.size, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """Sums as those of the squares."""
+        super().add(inputs)
+        self.total += inputs.sum(0).double().cpu()
+        self.num_batches += 1
+
+    @property
+    def mean(self) -> Tensor:
+        """``[in]`` float32."""
+        return (self.total / max(1, self.num_tokens)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """``[in]`` float32, over the tokens (population)."""
+        count = max(1, self.num_tokens)
+        return (self.squares / count - (self.total / count).square()).clamp_min(0).float()
+
+
+@dataclass(eq=False)
+class InputGram(InputNorm):
+    """``X^T X`` of the inputs in float32: half the Hessian of a layer's squared output error.
+
+    The memory is that of the one matrix; factors are made when a solver asks, once for all sites that share it.
+    """
+
+    gram: Tensor = field(init=False)
+    _factors: dict[float, tuple[Tensor, float]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gram = torch.zeros(self.size, self.size)
+
+    def add(self, inputs: Tensor) -> None:
+        """On and below the diagonal panels only; the matrix is symmetric."""
+        super().add(inputs)
+        for start in range(0, self.size, _PANEL):
+            stop = min(start + _PANEL, self.size)
+            self.gram[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+
+    @property
+    def whole(self) -> Tensor:
+        """The symmetric matrix ``[in, in]``, anew."""
+        lower = self.gram.tril()
+        return lower + lower.tril(-1).T
+
+    def inverse_factor(self, damping: float) -> tuple[Tensor, float]:
+        """See `inverse_factor`; kept for the next that asks for the same damping."""
+        if damping not in self._factors:
+            self._factors = {damping: inverse_factor(self.gram, damping)}
+        return self._factors[damping]
+
+
+def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular ``U`` with ``U^T U`` the inverse of the damped ``gram``, and the damping that it took.
+
+    Inputs that were always 0 get a diagonal of 1. Where the decomposition fails, the damping is made ten times as large
+    until it does not.
+
+    Args:
+        gram: ``[in, in]`` float32, symmetric; only its lower triangle is read.
+        damping: share of the mean diagonal.
+
+    Raises:
+        InputError: if ``gram`` is so far from positive that no damping helps.
+    """
+    # With rows and columns reversed, the lower factor of Cholesky is an upper one: gram = R R^T and U = R^-1.
+    damped = gram.flip(0, 1)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean, added, total = float(diagonal.mean()), 0.0, damping
+    while total <= _MOST_DAMPING:
+        diagonal += mean * (total - added)
+        added = total
+        factor, failed = torch.linalg.cholesky_ex(damped, upper=True)  # flipping brought the lower triangle on top
+        if not failed:
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            return torch.linalg.solve_triangular(factor.mT, identity, upper=False).flip(0, 1).contiguous(), total
+        total *= 10
+    raise InputError(
+        f"inverse_factor: gram must be positive semidefinite, got one that {added:g} of damping does not mend."
+    )
+
+
+def gather(
+    model: nn.Module,
+    sites: Sequence[Site],
+    make: Callable[[int], InputNorm],
+    run: Callable[[], Iterator[None]],
+) -> dict[str, list[InputNorm]]:
+    """Statistics of the inputs of ``sites`` while ``run()``, a generator, forwards one batch at each step.
+
+    Args:
+        model: that owns the sites.
+        sites: of one block, or of the whole model.
+        make: a statistic of the given input size.
+        run: yields after every batch.
+
+    Returns:
+        By name, one statistic for each matrix of the site as `paucity.weights.matrices` counts them: one for an
+        ordinary layer, one for each expert and each group of a convolution. Sites that read the same tensor in the
+        first batch share theirs.
+
+    Raises:
+        InputError: if the model runs without one of the sites, or an input is not finite (the module is named).
+    """
+    found: dict[str, list[InputNorm]] = {}
+    leaders: dict[str, str] = {}
+    first: dict[tuple[int, ...], tuple[str, Tensor]] | None = {}
+
+    def add(site: Site, inputs: Tensor, matrix: int | None) -> None:
+        if site.name not in leaders:
+            leaders[site.name] = site.name
+            if matrix is None and first is not None:
+                # The tensor is held until the batch ends, so that its address cannot be another's meanwhile.
+                key = (inputs.data_ptr(), inputs._version, *inputs.shape, *inputs.stride())
+                leaders[site.name] = first.setdefault(key, (site.name, inputs))[0]
+        leader = leaders[site.name]
+        if leader != site.name:
+            found[site.name] = found[leader]
+            return
+        if site.name not in found:
+            found[site.name] = [make(inputs.shape[-1]) for _ in range(num_matrices(model, site))]
+        if len(inputs):
+            found[site.name][matrix or 0].add(inputs.float())
+
+    with capture_inputs(model, sites, add, patches=True):
+        for _ in run():
+            first = None
+    for site in sites:
+        if site.name not in found:
+            raise InputError(f"prune: sites must be run by the model's forward, got {site.name}, which is not.")
+        if not all(statistic.finite for statistic in found[site.name]):
+            raise fail(
+                "prune", "calibration", "give finite activations", f"NaN or infinity at the input of {site.module}"
+            )
+    return found
