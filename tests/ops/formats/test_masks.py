@@ -87,14 +87,12 @@ def test_survives_averaging_merge_and_reload(tmp_path):
     averaged = AveragedModel(model)  # copied before masking, so dense
     masks.install(optimizer, model)
     train(model, optimizer)
-    with pytest.raises(InputError, match=r"got 0\.weight \(did you mean 'module\.0\.weight'\?\)"):
-        masks.apply_(averaged)
-    under = masks.with_prefix("module.")
-    assert under.achieved_in(averaged).num_zeros == 0
-    under.apply_(averaged)
+    for named in (masks, masks.with_prefix("module.")):
+        assert named.achieved_in(averaged).num_zeros == 0
+    masks.apply_(averaged)
     averaged.update_parameters(model)
     averaged.update_parameters(model)
-    assert under.achieved_in(averaged).achieved == masks.sparsity().achieved
+    assert masks.achieved_in(averaged).achieved == masks.sparsity().achieved
     with torch.no_grad():
         model[0].weight += torch.randn(7, 2) @ torch.randn(2, 5)  # a merged low-rank update
     assert removed(masks, model).any()
@@ -143,8 +141,43 @@ def test_reports():
     assert report.layers == {"0.weight": zeros["0.weight"] / 35, "2.weight": zeros["2.weight"] / 21}
     assert masks.achieved_in(model).num_zeros == 0
     masks.apply_(model)
-    assert masks.achieved_in(model) == report
+    assert masks.achieved_in(model) == masks.sparsity(model)
+    assert masks.achieved_in(model).layers == report.layers
+    assert (report.of_model, masks.sparsity(model).of_model) == (None, report.num_zeros / 66)
     assert repr(masks) == f"Masks(2 layers, 56 parameters, sparsity {report.achieved:.4f}, nominal 0.5)"
+
+
+def test_table_adds_up_and_violations_are_counted():
+    masks, model = make_masks(nominal=0.5), make_model()
+    lines = [line.split() for line in masks.table(model).splitlines()]
+    assert [line[0] for line in lines] == ["layer", "0.weight", "2.weight", "2", "whole", "asked"]
+    layers, total, whole = lines[1:3], lines[3], lines[4]
+    assert [line[1] for line in layers] == ["7x5", "3x7"]
+    assert sum(int(line[2]) for line in layers) == int(total[2]) == 56
+    assert sum(int(line[3]) for line in layers) == int(total[3]) == int(whole[3])
+    assert whole[2:] == ["66", total[3], f"{int(total[3]) / 66:.2%}"]
+    assert lines[-1][-1] == "50.00%"
+    assert len(masks.table().splitlines()) == 5
+    gone = {name: int((~mask).sum()) for name, mask in masks.items()}
+    assert masks.violations(model) == gone
+    masks.apply_(model)
+    assert masks.violations(model) == {}
+    with torch.no_grad():
+        model[0].weight[tuple((~masks["0.weight"]).nonzero()[0])] = float("nan")
+        model[2].weight[masks["2.weight"]] = 0  # a kept entry may be 0
+    assert masks.violations(model) == {"0.weight": 1}
+
+
+def test_from_zeros_leaves_dense_layers_out():
+    masks, model = make_masks(), make_model()
+    Masks({"0.weight": masks["0.weight"]}).apply_(model)
+    assert list(Masks.from_zeros(model)) == ["0.weight", "2.weight"]
+    sparse = Masks.from_zeros(model, min_sparsity=0.01)
+    assert sparse == Masks({"0.weight": masks["0.weight"]})
+    with pytest.raises(InputError, match="have a parameter with at least 99% zeros, got none among 2"):
+        Masks.from_zeros(model, min_sparsity=0.99)
+    with pytest.raises(InputError, match=r"min_sparsity must be in \[0, 1\], got 2"):
+        Masks.from_zeros(model, min_sparsity=2)
 
 
 def test_algebra_change_and_overlap():

@@ -5,10 +5,13 @@ from .block_rows import PackedBlocks
 from .codes import Codes
 from .csr import PackedCSR
 from .groups import PackedGroups
-from .masks import Masks, SparsityReport
+from .mask_report import SparsityReport
+from .mask_training import Averaged, average_models
+from .masks import Masks
 from .packed import PackedBitmask, PackedNM, pack_bits, unpack_bits
 
 __all__ = [
+    "Averaged",
     "BlockMask",
     "Codes",
     "Masks",
@@ -18,6 +21,7 @@ __all__ = [
     "PackedGroups",
     "PackedNM",
     "SparsityReport",
+    "average_models",
     "pack_bits",
     "unpack_bits",
 ]

@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Collection, ItemsView, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,40 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ...checks import InputError, InputTypeError, check_bool, check_shape, check_sparsity, did_you_mean, fail
+from ...checks import InputTypeError, check_bool, check_range, check_shape, check_sparsity, fail
+from .mask_names import Located, locate, named_weights
+from .mask_report import SparsityReport
+from .mask_training import clearing, local, removed_here, total, zero_removed
 from .packed import pack_bits, unpack_bits
 
+if TYPE_CHECKING:
+    from .mask_lora import MergedLora
+
 _FORMAT = "paucity.masks.1"
-
-
-@dataclass(frozen=True)
-class SparsityReport:
-    """Sparsity asked for and reached, and what was counted.
-
-    Attributes:
-        nominal: the sparsity asked for; None where nobody said.
-        achieved: ``num_zeros / num_parameters``, 0.0 without parameters.
-        num_layers: parameters (tensors) counted.
-        num_parameters: entries of the counted layers.
-        num_zeros: entries among them that are removed.
-        layers: achieved sparsity of each counted layer by name.
-    """
-
-    nominal: float | None
-    achieved: float
-    num_layers: int
-    num_parameters: int
-    num_zeros: int
-    layers: dict[str, float]
 
 
 class Masks:
     """Bool masks (True is kept) by full parameter name, in the parameter's own layout.
 
-    What they do to a model is explicit: ``apply_`` once, or ``install`` for training. Whatever rewrites weights from
-    elsewhere (a merged low-rank update, loaded weights, averaging across different masks) needs ``apply_`` again. A
-    wrapper that renames parameters, such as ``AveragedModel`` or ``DistributedDataParallel``, needs
-    ``with_prefix("module.")``.
+    What they do to a model is explicit: ``apply_`` once, ``install`` for training, ``merge_lora_`` to merge adapters.
+    Whatever rewrites weights from elsewhere (loaded weights, averaging across different masks) needs ``apply_`` again;
+    ``violations`` says whether. A name finds its parameter through what wraps the model, such as ``torch.compile``,
+    ``DistributedDataParallel``, ``AveragedModel``, peft or parametrizations (the rule: `mask_names`). Tied parameters
+    are one: masked and counted once, under any of their names.
 
     Args:
         masks: bool tensors by parameter name, at least one; kept as they are, not copied.
@@ -69,53 +54,78 @@ class Masks:
 
     @classmethod
     def from_zeros(
-        cls, model: nn.Module, names: Collection[str] | None = None, *, nominal: float | None = None
+        cls,
+        model: nn.Module,
+        names: Collection[str] | None = None,
+        *,
+        nominal: float | None = None,
+        min_sparsity: float = 0.0,
     ) -> Self:
-        """Keep exactly the nonzeros of the parameters ``names``; None is every parameter of two or more dimensions."""
-        parameters = _parameters(model)
-        if names is None:
-            names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-        for name in names:
-            _check_name("Masks.from_zeros", name, parameters)
-        return cls({name: parameters[name].detach() != 0 for name in names}, nominal=nominal)
+        """Keep exactly the nonzeros of a model that is sparse already.
 
-    @torch.no_grad()
+        Args:
+            model: the model, wrapped or not.
+            names: parameters to look at; None is each of two or more dimensions, once, by its unwrapped name, without
+                those of adapters (peft).
+            nominal: for the report.
+            min_sparsity: parameters with a smaller share of zeros are left out, such as dense embeddings.
+
+        Raises:
+            InputError: if a name is unknown, or no parameter is that sparse.
+        """
+        check_range("Masks.from_zeros", "min_sparsity", min_sparsity, 0.0, 1.0)
+        if names is None:
+            names = [name for name, parameter in named_weights(model) if parameter.ndim >= 2]
+        kept = {place.name: _full(place.weight()) != 0 for place in locate("Masks.from_zeros", model, names)}
+        sparse = {name: mask for name, mask in kept.items() if (~mask).sum() >= min_sparsity * mask.numel()}
+        if not sparse:
+            constraint = f"have a parameter with at least {min_sparsity:.0%} zeros"
+            raise fail("Masks.from_zeros", "model", constraint, f"none among {len(kept)}")
+        return cls(sparse, nominal=nominal)
+
     def apply_(self, model: nn.Module) -> None:
         """Set the removed entries of the model's parameters to 0, in place.
 
         Raises:
-            InputError: if a name or shape does not match; then nothing has changed.
+            InputError: if a name or shape does not match, masks of tied parameters differ, or a parametrization fills
+                removed entries; then nothing has changed.
         """
-        for mask, parameter in self._pairs("Masks.apply_", model):
-            parameter.masked_fill_(~mask.to(parameter.device), 0)
+        zero_removed("Masks.apply_", self._located("Masks.apply_", model))
 
     def install(self, optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         """Keep removed entries at 0 now and after every ``optimizer.step()``, until the handle's ``remove()``.
 
         The optimizer's state of the parameter's shape (momentum, moments) is cleared at the same entries, also after
-        ``load_state_dict``. Gradients stay dense. To change the masks, remove and install the new ones.
+        ``load_state_dict``. Gradients stay dense. To change the masks, remove and install the new ones. A copy of the
+        optimizer (``copy.deepcopy``) does not have the hook: install again. What replaces parameters by others, such
+        as sharding, goes before.
 
         Raises:
-            InputError: if a name or shape does not match, or the optimizer holds none of the masked parameters.
+            InputError: as ``apply_``, or if the optimizer holds none of the masked parameters (as it is while adapters
+                train and the model is frozen, where there is nothing to keep).
         """
         if not isinstance(optimizer, Optimizer):
             raise InputTypeError(f"Masks.install: optimizer must be an Optimizer, got {type(optimizer).__name__}.")
-        pairs = self._pairs("Masks.install", model)
+        found = self._located("Masks.install", model)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in held for _, parameter in pairs):
+        if not any(id(place.parameter) in held for _, place in found):
             raise fail("Masks.install", "optimizer", "hold at least one masked parameter of the model", "none of them")
-        removed = [(~mask.to(parameter.device), parameter) for mask, parameter in pairs]
-
-        @torch.no_grad()
-        def clear(optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-            for gone, parameter in removed:
-                parameter.masked_fill_(gone.to(parameter.device), 0)
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
-                        value.masked_fill_(gone.to(value.device), 0)
-
+        zero_removed("Masks.install", found)
+        clear = clearing(found)
         clear(optimizer)
         return optimizer.register_step_post_hook(clear)
+
+    def merge_lora_(self, model: nn.Module, *, adapters: Collection[str] | None = None) -> "MergedLora":
+        """Merge the adapters of a peft model under these masks; see `mask_lora.merge_lora`."""
+        from .mask_lora import merge_lora
+
+        return merge_lora(self, model, adapters=adapters)
+
+    def train_lora(self, model: nn.Module) -> RemovableHandle:
+        """Let adapters of a peft model act only where these masks keep; see `mask_lora.train_lora`."""
+        from .mask_lora import train_lora
+
+        return train_lora(self, model)
 
     def with_prefix(self, prefix: str) -> Self:
         """The same masks for a model whose parameter names start with ``prefix``, such as ``"module."``."""
@@ -125,14 +135,27 @@ class Masks:
         """The same masks on ``device``; a model on another device can be masked all the same."""
         return type(self)({name: mask.to(device) for name, mask in self.items()}, nominal=self.nominal)
 
-    def sparsity(self) -> SparsityReport:
-        """What the masks remove."""
-        return self._report({name: int((~mask).sum()) for name, mask in self.items()})
+    def sparsity(self, model: nn.Module | None = None) -> SparsityReport:
+        """What the masks remove; with a model also of how much, and tied names count once."""
+        if model is None:
+            return self._report({name: int((~mask).sum()) for name, mask in self.items()})
+        found = self._located("Masks.sparsity", model)
+        return self._report({place.name: int((~mask).sum()) for mask, place in found}, model)
 
     def achieved_in(self, model: nn.Module) -> SparsityReport:
         """The zeros that the masked parameters of ``model`` really have, whether masked or not."""
-        pairs = zip(self, self._pairs("Masks.achieved_in", model), strict=True)
-        return self._report({name: int((parameter == 0).sum()) for name, (_, parameter) in pairs})
+        found = [place for _, place in self._located("Masks.achieved_in", model)]
+        return self._report({place.name: _count(place.weight(), None) for place in found}, model)
+
+    def violations(self, model: nn.Module) -> dict[str, int]:
+        """Removed entries that are not 0 in ``model`` by name of the parameter; empty where it obeys. NaN is not 0."""
+        found = self._located("Masks.violations", model)
+        counts = {place.name: _count(place.weight(), mask) for mask, place in found}
+        return {name: count for name, count in counts.items() if count}
+
+    def table(self, model: nn.Module | None = None) -> str:
+        """``sparsity(model)`` as lines of text."""
+        return self.sparsity(model).table()
 
     def change(self, other: "Masks") -> int:
         """Entries kept by one and removed by the other: SAD of SR-STE (Zhou et al. 2021, https://arxiv.org/abs/2102.04010)."""
@@ -227,12 +250,18 @@ class Masks:
         counted = f"{report.num_layers} layers, {report.num_parameters} parameters"
         return f"Masks({counted}, sparsity {report.achieved:.4f}, nominal {report.nominal})"
 
-    def _pairs(self, function: str, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        parameters = _parameters(model)
-        for name, mask in self.items():
-            _check_name(function, name, parameters)
-            check_shape(function, f"masks[{name!r}]", mask, *parameters[name].shape)
-        return [(mask, parameters[name]) for name, mask in self.items()]
+    def _located(self, function: str, model: nn.Module) -> list[tuple[Tensor, Located]]:
+        """Masks and their parameters, each parameter once."""
+        unique: dict[int, tuple[Tensor, Located]] = {}
+        for place in locate(function, model, self):
+            mask = self[place.name]
+            check_shape(function, f"masks[{place.name!r}]", mask, *place.parameter.shape)
+            if place.parametrized:
+                check_shape(function, place.path, place.weight(), *mask.shape)
+            first, other = unique.setdefault(id(place.parameter), (mask, place))
+            if not torch.equal(first, mask.to(first.device)):
+                raise fail(function, "masks", "agree where parameters are tied", f"{other.name} and {place.name}")
+        return list(unique.values())
 
     def _matched(self, function: str, other: "Masks") -> dict[str, tuple[Tensor, Tensor]]:
         if odd := sorted(set(self) ^ set(other)):
@@ -241,20 +270,19 @@ class Masks:
             check_shape(function, f"other[{name!r}]", other[name], *mask.shape)
         return {name: (mask, other[name].to(mask.device)) for name, mask in self.items()}
 
-    def _report(self, zeros: dict[str, int]) -> SparsityReport:
-        sizes = {name: mask.numel() for name, mask in self.items()}
-        layers = {name: zeros[name] / max(size, 1) for name, size in sizes.items()}
-        total, removed = sum(sizes.values()), sum(zeros.values())
-        return SparsityReport(self.nominal, removed / max(total, 1), len(self), total, removed, layers)
+    def _report(self, zeros: dict[str, int], model: nn.Module | None = None) -> SparsityReport:
+        whole = None if model is None else sum(parameter.numel() for parameter in model.parameters())
+        shapes = {name: tuple(self[name].shape) for name in zeros}
+        return SparsityReport.count(self.nominal, zeros, shapes, whole)
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"Masks: model must be a Module, got {type(model).__name__}.")
-    return dict(model.named_parameters(remove_duplicate=False))
+def _count(weight: Tensor, mask: Tensor | None) -> int:
+    """Zeros of a weight; with a mask removed entries that are none."""
+    mine = local(weight)
+    bad = mine == 0 if mask is None else (mine != 0).logical_and_(removed_here(mask, weight))
+    return total(bad.sum(), weight)
 
 
-def _check_name(function: str, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
-    if name not in parameters:
-        near = did_you_mean(name, parameters)
-        raise InputError(f"{function}: every masked name must be a parameter of the model, got {name}{near}.")
+def _full(weight: Tensor) -> Tensor:
+    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return full
