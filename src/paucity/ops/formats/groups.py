@@ -2,7 +2,7 @@
 
 Paper: GQSA, Zeng et al. 2024, https://arxiv.org/abs/2412.17560: rows of a weight are pruned by groups, the groups that
 stay are stored as the blocks of a BSR matrix and quantised with a scale and a zero point each. Here: that format and
-rounding to the nearest. The paper's training of weights, scales and zero points after pruning is not.
+rounding to the nearest; `paucity.weights.gqsa` chooses the groups and trains weights, scales and zero points.
 """
 
 import math
@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import InputTypeError, check_divides, check_floating, check_int, check_ndim, check_shape, fail
+from ...checks import (
+    InputTypeError,
+    check_bool,
+    check_divides,
+    check_floating,
+    check_int,
+    check_ndim,
+    check_shape,
+    fail,
+)
 
 _TOP = 15  # the highest number in 4 bits
 
@@ -96,17 +105,35 @@ class PackedGroups:
         groups = grid[kept].to(torch.promote_types(weight.dtype, torch.float32))
         if not groups.isfinite().all():
             raise fail(name, "weight", "be finite", "others")
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        stored = (high / _TOP - low / _TOP).to(weight.dtype)
-        stored = torch.where(stored == 0, torch.finfo(weight.dtype).tiny, stored)  # tiny weights round to nothing
-        scales = stored.to(groups.dtype)
-        zeros = (-low / scales).round().clamp(0, _TOP)
-        codes = (groups / scales[:, None] + zeros[:, None]).round().clamp(0, _TOP).to(torch.uint8)
+        scales, zeros = group_range(groups, 4, weight.dtype)
+        codes = (groups / scales.to(groups.dtype)[:, None] + zeros[:, None]).round().clamp(0, _TOP).to(torch.uint8)
+        return cls.from_codes(codes, scales, zeros, kept)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor) -> Self:
+        """The stored form of groups that are numbers already.
+
+        Args:
+            codes: uint8 ``[num_groups, group_size]``, 0 to 15: the groups of the first row, by column, then on.
+            scales: ``[num_groups]`` in the dtype of the weight.
+            zeros: uint8 ``[num_groups]``, 0 to 15.
+            kept: bool ``[rows, cols / group_size]``, True where a group is stored.
+
+        Raises:
+            InputError: if a size or a type does not fit.
+        """
+        name = "PackedGroups.from_codes"
+        check_ndim(name, "codes", codes, 2)
+        check_ndim(name, "kept", kept, 2)
+        check_bool(name, "kept", kept)
+        check_shape(name, "codes", codes, int(kept.sum()), None)
+        (rows, cols), size = kept.shape, codes.shape[1]
+        _check_group(name, size, size)
         column = torch.int16 if cols <= torch.iinfo(torch.int16).max + 1 else torch.int32
-        columns = torch.arange(cols, device=weight.device).to(column).expand(rows, cols)[kept]
+        columns = torch.arange(cols, device=kept.device).to(column).expand(rows, cols)[kept]
         offsets = F.pad(kept.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
         pairs = codes[:, ::2] | codes[:, 1::2] << 4
-        return cls(pairs, stored, zeros.to(torch.uint8), columns, offsets, weight.shape)
+        return cls(pairs, scales, zeros, columns, offsets, torch.Size((rows, cols * size)))
 
     @property
     def group_size(self) -> int:
@@ -185,6 +212,17 @@ class PackedGroups:
         kind = f"{list(self.shape)} {str(self.scales.dtype).removeprefix('torch.')}"
         held = f"{self.group_size} x 4 bits, {kind}, {len(self.codes)} groups"
         return f"PackedGroups({held}, {self.compression:.2f}x smaller)"
+
+
+def group_range(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale (in ``dtype``) and zero point (uint8) of each of ``groups`` ``[num_groups, group_size]``, both
+    ``[num_groups]``: the range of a group, widened to include 0, is divided into ``2**bits - 1`` steps.
+    """
+    top = 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = (high / top - low / top).to(dtype)
+    scales = torch.where(scales == 0, torch.finfo(dtype).tiny, scales)  # tiny weights round to nothing
+    return scales, (-low / scales.to(groups.dtype)).round().clamp(0, top).to(torch.uint8)
 
 
 def dequantize_groups(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
