@@ -4,7 +4,7 @@ import pytest
 
 from paucity.checks import InputError
 from paucity.study import run
-from paucity.study.harness import evaluate
+from paucity.measure.harness import evaluate
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 HAS_RAY = importlib.util.find_spec("ray") is not None

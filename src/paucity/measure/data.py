@@ -44,10 +44,15 @@ def _is_held_out(path: Path) -> bool:
     return any(name in path.stem.removeprefix("test_") for name in HELD_OUT_MODULES)
 
 
+def held_out_modules() -> dict[str, str]:
+    """The running Python's source of `HELD_OUT_MODULES` by name, in that order."""
+    files = {name: _stdlib_root() / f"{name}.py" for name in HELD_OUT_MODULES}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
 def held_out_python() -> str:
-    """The running Python's source of `HELD_OUT_MODULES`, in that order, each file ending with a newline."""
-    files = [_stdlib_root() / f"{name}.py" for name in HELD_OUT_MODULES]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    """The source of `held_out_modules`, one after the other, each file ending with a newline."""
+    return "\n".join(held_out_modules().values())
 
 
 def python_documents(*, include_tests: bool = True) -> list[str]:

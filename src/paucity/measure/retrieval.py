@@ -181,11 +181,7 @@ def retrieval_accuracy(
     check_context(function, "length", model, length)
     if not isinstance(filler, str):
         raise InputTypeError(f"{function}: filler must be a string, got {type(filler).__name__}.")
-    rng, filler_ids = random.Random(seed), encode(tokenizer, filler)
-    ends = line_end_ids(tokenizer, filler_ids)
-    prompts = [
-        build_prompt(tokenizer, TASKS[task](rng), filler_ids, length, rng, line_ends=ends) for _ in range(num_prompts)
-    ]
+    prompts = build_prompts(tokenizer, task=task, length=length, filler=filler, num_prompts=num_prompts, seed=seed)
     scores = []
     with evaluating(model):
         for done, prompt in enumerate(prompts, 1):
@@ -194,6 +190,21 @@ def retrieval_accuracy(
                 on_progress(done, num_prompts)
     by_depth = _by_depth(prompts, scores) if all(len(prompt.depths) == 1 for prompt in prompts) else ()
     return Retrieval(task, length, num_prompts, seed, mode, share_interval(scores), by_depth, tuple(scores))
+
+
+def build_prompts(
+    tokenizer: PreTrainedTokenizerBase, *, task: str, length: int, filler: str, num_prompts: int, seed: int = 0
+) -> list[Prompt]:
+    """The prompts of `retrieval_accuracy`.
+
+    Raises:
+        InputError: if ``length`` is too short for the facts or too long for the filler.
+    """
+    rng, filler_ids = random.Random(seed), encode(tokenizer, filler)
+    ends = line_end_ids(tokenizer, filler_ids)
+    return [
+        build_prompt(tokenizer, TASKS[task](rng), filler_ids, length, rng, line_ends=ends) for _ in range(num_prompts)
+    ]
 
 
 def answer_score(output: str, answers: Sequence[str]) -> float:

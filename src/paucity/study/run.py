@@ -7,10 +7,10 @@ from typing import Any
 
 from ..checks import check_int, fail
 from ..folder import Folder, write_whole
+from ..measure.harness import check_task
 from ..models.facts import model_facts
 from ..models.load import Loaded, load
 from ..report import environment
-from .harness import check_task
 from .page import render
 from .plan import COST, Cell, Study
 from .results import Result, summarize

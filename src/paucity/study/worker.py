@@ -20,12 +20,12 @@ from ..measure.continuation import continuation
 from ..measure.cost import decode, prefill, time_interleaved
 from ..measure.data import read_text
 from ..measure.flops import flops
+from ..measure.harness import evaluate
 from ..measure.prompts import TASKS
 from ..measure.retrieval import build_prompt, retrieval_accuracy
 from ..measure.tokens import check_context, encode, leading_ids
 from ..models.calibration import calibration_batches
 from ..models.load import Loaded, load
-from .harness import evaluate
 from .methods import Knob
 from .plan import COST, DENSE, LM_EVAL, PERPLEXITY, Cell, Line, Study
 

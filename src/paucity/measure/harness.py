@@ -22,10 +22,10 @@ def check_task(task: str) -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise fail(
-            "study", "lm_eval", "be used with the extra installed (pip install 'paucity[study]')", task
+            "harness", "lm_eval", "be used with the extra installed (pip install 'paucity[study]')", task
         ) from None
     if Path(task).suffix in YAML and not Path(task).is_file():
-        raise fail("study", "lm_eval", "name a task or a YAML file that exists", task)
+        raise fail("harness", "lm_eval", "name a task or a YAML file that exists", task)
 
 
 def evaluate(
@@ -66,10 +66,10 @@ def evaluate(
         )
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"study: lm_eval must name a task that can be loaded, got {task} ({reason}).") from error
+        raise InputError(f"harness: lm_eval must name a task that can be loaded, got {task} ({reason}).") from error
     (samples,) = found["samples"].values()
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     metric = next((name for name in METRICS if name in samples[0]), None)
     if metric is None:
-        raise fail("study", "lm_eval", f"name tasks with one of the metrics {', '.join(METRICS)}", task)
+        raise fail("harness", "lm_eval", f"name tasks with one of the metrics {', '.join(METRICS)}", task)
     return {"scores": [float(sample[metric]) for sample in samples], "metric": metric}
