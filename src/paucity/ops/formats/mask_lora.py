@@ -94,7 +94,7 @@ def merge_lora(masks: "Masks", model: nn.Module, *, adapters: Collection[str] | 
     return MergedLora(plain, lost / whole if whole else 0.0, shares)
 
 
-def train_lora(masks: "Masks", model: nn.Module) -> RemovableHandle:
+def train_lora(masks: "Masks", model: nn.Module) -> "Handles":
     """Let the adapters of masked linear layers act only on kept entries, until the handle's ``remove()``.
 
     Merging by `merge_lora` then gives what was trained. Frozen weights are set to 0 where the masks remove. Works for
@@ -128,18 +128,18 @@ def train_lora(masks: "Masks", model: nn.Module) -> RemovableHandle:
         raise fail(name, "model", "have an adapter on a masked layer", "none")
     zero_removed(name, found)
     acting = [_Acting(layer, adapter, mask) for layer, mask in chosen for adapter in layer.lora_A]
-    return _All([handle for each in acting for handle in each.handles()])
+    return Handles([handle for each in acting for handle in each.handles()])
 
 
-class _All(RemovableHandle):
-    """Several handles as one."""
+class Handles:
+    """Several hooks as one handle."""
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
-        super().__init__({})
-        self.handles = handles
+        self._handles = handles
 
     def remove(self) -> None:
-        for handle in self.handles:
+        """Take all hooks away."""
+        for handle in self._handles:
             handle.remove()
 
 

@@ -84,16 +84,15 @@ def plain_name(name: str) -> str:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, by its plain name; those of adapters (peft) are left out."""
+    """Every parameter once, by its plain name; those of adapters (peft), and what they replace, are left out."""
     _check_model(model)
-    adapters = {
+    skipped = [
         f"{path}.{name}." if path else f"{name}."
         for path, module in model.named_modules()
-        if hasattr(module, "base_layer")
-        for name in getattr(module, "adapter_layer_names", ())
-    }
+        for name in _of_adapters(module)
+    ]
     for path, parameter in model.named_parameters():
-        if not any(path.startswith(adapter) for adapter in adapters):
+        if not path.startswith(tuple(skipped)):
             yield plain_name(path), parameter
 
 
@@ -135,6 +134,13 @@ def _one(
     if attribute == "original" and owner.split(".")[-2:-1] == ["parametrizations"]:
         owner, attribute = ".".join(owner.split(".")[:-2]), owner.split(".")[-1]
     return Located(name, path, parameter, model.get_submodule(owner), attribute)
+
+
+def _of_adapters(module: nn.Module) -> tuple[str, ...]:
+    """Children of a module of peft that are no weights of the model: the low-rank ones, or what a copy stands for."""
+    if "modules_to_save" in module._modules:
+        return ("original_module",)
+    return getattr(module, "adapter_layer_names", ()) if "base_layer" in module._modules else ()
 
 
 def _check_model(model: nn.Module) -> None:

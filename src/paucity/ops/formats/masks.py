@@ -20,7 +20,7 @@ from .mask_training import clearing, local, removed_here, total, zero_removed
 from .packed import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
-    from .mask_lora import MergedLora
+    from .mask_lora import Handles, MergedLora
 
 _FORMAT = "paucity.masks.1"
 
@@ -121,7 +121,7 @@ class Masks:
 
         return merge_lora(self, model, adapters=adapters)
 
-    def train_lora(self, model: nn.Module) -> RemovableHandle:
+    def train_lora(self, model: nn.Module) -> "Handles":
         """Let adapters of a peft model act only where these masks keep; see `mask_lora.train_lora`."""
         from .mask_lora import train_lora
 
