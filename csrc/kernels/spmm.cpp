@@ -1,6 +1,8 @@
 // A sparse matrix (compressed rows) times channels-first inputs [batch, channels, pixels]. The pixels are taken in
 // panels: a panel of all channels, copied together in float32, stays in the second cache while every row of the matrix
 // passes over it.
+#include <type_traits>
+
 #include "../simd.h"
 
 namespace {
@@ -26,47 +28,89 @@ void copy_panel(float *panel, const T *x, int64_t channels, int64_t stride, int6
       store(panel + c * width + p, load_n(x + c * stride + min_of(p, pixels), max_of(0, min_of(LANES, pixels - p))));
 }
 
+// Images [0, count) whole and side by side, `pixels` each, as rows of PANEL; what is beyond them stays as it was.
+template <typename T>
+void copy_images(float *panel, const T *x, int64_t count, int64_t channels, int64_t pixels) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t p = 0; p < pixels; p += LANES) {
+        int64_t n = min_of(LANES, pixels - p);
+        store_n(panel + c * PANEL + i * pixels + p, load_n(x + (i * channels + c) * pixels + p, n), n);
+      }
+}
+
+// One row of the matrix, its entries [e, end), over the first W vectors of a panel's rows.
+template <int W>
+INLINE void row_sums(f32x16 *sums, const float *values, const int32_t *columns, int64_t e, int64_t end,
+                     const float *panel) {
+  // Even and odd entries in sums of their own: one chain would wait for each product.
+  f32x16 even[W] = {}, odd[W] = {};
+  for (; e + 2 <= end; e += 2) {
+    const float *a = panel + (int64_t)columns[e] * PANEL, *c = panel + (int64_t)columns[e + 1] * PANEL;
+    f32x16 v = set1(values[e]), w = set1(values[e + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      even[i] += v * load(a + i * LANES);
+      odd[i] += w * load(c + i * LANES);
+    }
+  }
+  if (e < end) {
+    const float *a = panel + (int64_t)columns[e] * PANEL;
+    f32x16 v = set1(values[e]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) even[i] += v * load(a + i * LANES);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) sums[i] = even[i] + odd[i];
+}
+
 template <typename T>
 void spmm(const float *values, const int32_t *columns, const int32_t *offsets, const T *x, const T *bias, T *out,
           int64_t batch, int64_t rows, int64_t size, int64_t pixels, int64_t threads) {
-  int64_t panels = ceil_div(pixels, PANEL);
+  // Of small images as many as fit share a panel, so that it is full.
+  int64_t together = max_of(1, min_of(batch, PANEL / max_of(1, pixels)));
+  int64_t panels = ceil_div(pixels, PANEL), groups = ceil_div(batch, together);
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch(size * PANEL * sizeof(float));
     float *panel = (float *)scratch.at;
+    if (together > 1) memset(panel, 0, size * PANEL * sizeof(float));
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < batch * panels; item++) {
-      int64_t b = item / panels, start = item % panels * PANEL, width = min_of(PANEL, pixels - start);
-      copy_panel(panel, x + b * size * pixels + start, size, pixels, width, PANEL);
-      for (int64_t r = 0; r < rows; r++) {
-        // Even and odd entries in sums of their own: one chain would wait for each product.
-        f32x16 even[WIDE] = {}, odd[WIDE] = {};
-        int64_t e = offsets[r], end = offsets[r + 1];
-        for (; e + 2 <= end; e += 2) {
-          const float *a = panel + (int64_t)columns[e] * PANEL, *c = panel + (int64_t)columns[e + 1] * PANEL;
-          f32x16 v = set1(values[e]), w = set1(values[e + 1]);
+    for (int64_t item = 0; item < groups * panels; item++) {
+      int64_t first = item / panels * together, start = item % panels * PANEL;
+      int64_t count = min_of(together, batch - first), width = min_of(PANEL, count * pixels - start);
+      if (together > 1)
+        copy_images(panel, x + first * size * pixels, count, size, pixels);
+      else
+        copy_panel(panel, x + first * size * pixels + start, size, pixels, width, PANEL);
+      auto pass = [&](auto vectors) {
+        constexpr int W = decltype(vectors)::value;
+        for (int64_t r = 0; r < rows; r++) {
+          f32x16 sums[W], added = set1(bias ? to_float(bias[r]) : 0.0f);
+          row_sums<W>(sums, values, columns, offsets[r], offsets[r + 1], panel);
+          T *to = out + (first * rows + r) * pixels + start;
+          if (count == 1) {
 #pragma GCC unroll 16
-          for (int i = 0; i < WIDE; i++) {
-            even[i] += v * load(a + i * LANES);
-            odd[i] += w * load(c + i * LANES);
+            for (int i = 0; i < W; i++)
+              if (width >= (i + 1) * LANES)
+                store(to + i * LANES, sums[i] + added);
+              else
+                store_n(to + i * LANES, sums[i] + added, width - i * LANES);
+            continue;
           }
-        }
-        if (e < end) {
-          const float *a = panel + (int64_t)columns[e] * PANEL;
-          f32x16 v = set1(values[e]);
+          float row[PANEL + LANES];
 #pragma GCC unroll 16
-          for (int i = 0; i < WIDE; i++) even[i] += v * load(a + i * LANES);
+          for (int i = 0; i < W; i++) store(row + i * LANES, sums[i] + added);
+          for (int64_t i = 0; i < count; i++)
+            for (int64_t p = 0; p < pixels; p += LANES)
+              store_n(to + i * rows * pixels + p, load(row + i * pixels + p), min_of(LANES, pixels - p));
         }
-        f32x16 added = set1(bias ? to_float(bias[r]) : 0.0f);
-        T *to = out + (b * rows + r) * pixels + start;
-        if (width == PANEL) {
-#pragma GCC unroll 16
-          for (int i = 0; i < WIDE; i++) store(to + i * LANES, even[i] + odd[i] + added);
-        } else {
-          f32x16 sums[WIDE];
-          for (int i = 0; i < WIDE; i++) sums[i] = even[i] + odd[i] + added;
-          for (int i = 0; i * LANES < width; i++) store_n(to + i * LANES, sums[i], min_of(LANES, width - i * LANES));
-        }
+      };
+      switch (ceil_div(width, LANES)) {
+        case 1: pass(std::integral_constant<int, 1>()); break;
+        case 2: pass(std::integral_constant<int, 2>()); break;
+        case 3: pass(std::integral_constant<int, 3>()); break;
+        default: pass(std::integral_constant<int, WIDE>());
       }
     }
   }

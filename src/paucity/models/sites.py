@@ -71,6 +71,8 @@ _MODULES = {
     "position_embeddings": "position_embedding",
     "lm_head": "lm_head",
     "embed_out": "lm_head",
+    "head": "head",
+    "classifier": "head",
 }
 
 # Name of a three-dimensional parameter -> kind.
@@ -94,6 +96,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 GROUPS["linear"] = (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["experts"], "linear")
 """Names for several kinds. ``linear`` is every weight matrix that computes inside the blocks, the default for pruning:
 routers, embeddings and the output head stay out. In a module without known names it is every ``nn.Linear``."""
+
+CONVOLUTIONS = ("pointwise", "depthwise", "spatial")
+"""Names for some sites of kind ``conv``: 1x1 kernels over all channels, kernels over one channel each, and others."""
 
 KINDS = tuple(dict.fromkeys([*_MODULES.values(), *_EXPERTS.values(), *(kind for _, kind in _CLASSES), "norm"]))
 """Every kind of site. ``router`` includes the gate of a shared expert; ``projection`` leads to or from an embedding."""
@@ -125,7 +130,8 @@ def find_sites(model: nn.Module, kinds: str | Collection[str] | None = None) -> 
 
     Args:
         model: any module.
-        kinds: kinds or names of `GROUPS`, all kinds if None. A group needs one of its kinds in the model.
+        kinds: kinds or names of `GROUPS` or `CONVOLUTIONS`, all kinds if None. A group needs one of its kinds in the
+            model.
 
     Raises:
         InputError: if a kind is unknown, or not in the model.
@@ -133,16 +139,17 @@ def find_sites(model: nn.Module, kinds: str | Collection[str] | None = None) -> 
     sites = _all_sites(model)
     if kinds is None:
         return sites
-    present = {site.kind for site in sites}
+    names = {site.name: {site.kind, _convolution(model, site)} for site in sites}
+    present = {name for each in names.values() for name in each if name}
     wanted: set[str] = set()
     for kind in [kinds] if isinstance(kinds, str) else kinds:
-        check_choice("find_sites", "kinds", kind, {*KINDS, *GROUPS})
+        check_choice("find_sites", "kinds", kind, {*KINDS, *GROUPS, *CONVOLUTIONS})
         members = present.intersection(GROUPS.get(kind, (kind,)))
         if not members:
             has = ", ".join(sorted(present)) or "none"
             raise fail("find_sites", "kinds", f"be in the model (it has {has})", kind)
         wanted |= members
-    return [site for site in sites if site.kind in wanted]
+    return [site for site in sites if names[site.name] & wanted]
 
 
 def weight_view(model: nn.Module, site: Site) -> Tensor:
@@ -161,6 +168,16 @@ def weight_view(model: nn.Module, site: Site) -> Tensor:
         raise InputError(f"weight_view: site must be in the model, got {site.name}.") from None
     transposed = isinstance(owner, Conv1D) or (weight.ndim == 3 and getattr(owner, "is_transposed", False))
     return weight.mT if transposed else weight
+
+
+def _convolution(model: nn.Module, site: Site) -> str | None:
+    """Which of `CONVOLUTIONS` a site of kind ``conv`` is."""
+    if site.kind != "conv":
+        return None
+    weight, module = weight_view(model, site), model.get_submodule(site.module)
+    if getattr(module, "groups", 1) > 1 and weight.shape[1] == 1:
+        return "depthwise"
+    return "pointwise" if weight[0, 0].numel() == 1 and getattr(module, "groups", 1) == 1 else "spatial"
 
 
 def _all_sites(model: nn.Module) -> list[Site]:

@@ -189,15 +189,15 @@ class ViT(nn.Module):
         check_divides("ViT", "patch_size", patch_size, image_size, "the side of a picture")
         check_divides("ViT", "heads", heads, dim, "dim")
         self.patches = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-        self.positions = nn.Embedding((image_size // patch_size) ** 2, dim)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        self.position_embeddings = nn.Embedding((image_size // patch_size) ** 2, dim)
+        nn.init.normal_(self.position_embeddings.weight, std=0.02)
         self.blocks = nn.ModuleList([TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, image_size, image_size] -> [B, num_classes]``."""
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions.weight
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position_embeddings.weight
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(1))

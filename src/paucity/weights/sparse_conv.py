@@ -1,0 +1,214 @@
+"""Inference of pruned ConvNets: BatchNorm folded into the convolutions, and 1x1 convolutions that skip their zeros.
+
+Paper: Elsen et al. 2019 (Fast Sparse ConvNets), https://arxiv.org/abs/1911.09723, Section 3: in nets of separable
+blocks the 1x1 convolutions hold nearly all weights and arithmetic; pruned, each is a sparse matrix times the picture
+laid out channels first. The stem, depthwise convolutions and the classifier stay dense, as in the paper. Not
+implemented: its activation inside the product.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..checks import InputTypeError, check_int, check_tensor, fail
+from ..kernels.spmm import sparse_conv1x1
+from ..kernels.spmm.op import DENSE_ABOVE
+from ..measure.cost import time_interleaved
+from ..ops.formats import PackedCSR
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What became of one 1x1 convolution.
+
+    Attributes:
+        name: of the module.
+        density: share of its weights that are not 0.
+        sparse: whether it computes with the stored weights alone.
+        reason: why, in words.
+        dense_ms: measured median of the dense convolution; None where nothing was measured.
+        sparse_ms: the same of the sparse one.
+    """
+
+    name: str
+    density: float
+    sparse: bool
+    reason: str
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+
+
+class SparseConv1x1(nn.Module):
+    """A 1x1 convolution that stores and multiplies its nonzero weights only; see `paucity.kernels.spmm`.
+
+    Args:
+        weight: of ``[out, in, 1, ...]``.
+        bias: ``[out]`` or None.
+        stride: steps between the pixels taken, in every dimension.
+    """
+
+    values: Tensor
+    columns: Tensor
+    row_offsets: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedCSR, bias: Tensor | None = None, *, stride: int = 1) -> None:
+        super().__init__()
+        if not isinstance(weight, PackedCSR):
+            raise InputTypeError(f"SparseConv1x1: weight must be a PackedCSR, got {type(weight).__name__}.")
+        check_int("SparseConv1x1", "stride", stride)
+        self.shape, self.stride = weight.shape, stride
+        self.register_buffer("values", weight.values.detach())
+        self.register_buffer("columns", weight.columns)
+        self.register_buffer("row_offsets", weight.row_offsets)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_conv(cls, conv: Convolution) -> "SparseConv1x1":
+        """The nonzeros of a convolution with a kernel of 1, without padding and groups.
+
+        Raises:
+            InputError: if ``conv`` is no such convolution.
+        """
+        if not _is_pointwise(conv):
+            raise fail("SparseConv1x1", "conv", "be a 1x1 convolution without padding and groups", conv)
+        return cls(PackedCSR.pack(conv.weight), conv.bias, stride=conv.stride[0])
+
+    @property
+    def weight(self) -> PackedCSR:
+        """The stored weights."""
+        return PackedCSR(self.values, self.columns, self.row_offsets, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in, *spatial] -> [N, out, *spatial / stride]``."""
+        return sparse_conv1x1(x, self.weight, self.bias, stride=self.stride)
+
+    def extra_repr(self) -> str:
+        """Channels, density and stride."""
+        density = len(self.values) / max(1, self.shape.numel())
+        return f"{self.shape[1]}, {self.shape[0]}, density={density:.3f}, stride={self.stride}"
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in eval mode in which each BatchNorm behind a convolution is part of that convolution.
+
+    The outputs are those of the model in eval mode, up to rounding. A norm stays where its convolution feeds something
+    else as well, where either runs several times, and where it keeps no running statistics. A zero of a weight stays a
+    zero.
+
+    Raises:
+        InputError: if ``torch.fx`` cannot follow the model's forward.
+    """
+    _check_module("fold_batchnorm", model)
+    folded = copy.deepcopy(model).eval()
+    for conv_name, norm_name in _conv_norm_pairs(folded):
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        assert isinstance(conv, _CONVOLUTIONS)
+        assert isinstance(norm, _NORMS)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+        shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
+        )
+        folded.set_submodule(norm_name, nn.Identity())
+    return folded
+
+
+@torch.no_grad()
+def sparsify_convs(
+    model: nn.Module, example: Tensor | None = None, *, repeats: int = 15
+) -> tuple[nn.Module, list[LayerChoice]]:
+    """A copy of ``model`` in eval mode whose pruned 1x1 convolutions skip their zeros, where that is faster.
+
+    Args:
+        model: pruned, zeros in place; best after `fold_batchnorm`.
+        example: pictures as the model will get them. With it each 1x1 convolution is timed, dense and sparse in turns,
+            on its own input, and the faster one stays; without it the kernel's limit on density decides.
+        repeats: rounds of the timing.
+
+    Returns:
+        the model, and what became of each 1x1 convolution, in the order of the modules.
+    """
+    _check_module("sparsify_convs", model)
+    check_int("sparsify_convs", "repeats", repeats)
+    sparse = copy.deepcopy(model).eval()
+    names = [name for name, module in sparse.named_modules() if _is_pointwise(module)]
+    inputs = {} if example is None else _inputs(sparse, names, example)
+    choices = []
+    for name in names:
+        conv = sparse.get_submodule(name)
+        choice, replacement = _choose(name, conv, inputs.get(name), repeats)  # type: ignore[arg-type]
+        choices.append(choice)
+        if choice.sparse:
+            sparse.set_submodule(name, replacement)
+    return sparse, choices
+
+
+def _choose(name: str, conv: Convolution, x: Tensor | None, repeats: int) -> tuple[LayerChoice, SparseConv1x1]:
+    packed = SparseConv1x1.from_conv(conv)
+    density = len(packed.values) / max(1, conv.weight.numel())
+    limit = DENSE_ABOVE.get(conv.weight.dtype, 1.0)
+    if density > limit:
+        return LayerChoice(name, density, False, f"a density of {density:.2f} is above {limit}"), packed
+    if x is None:
+        return LayerChoice(name, density, True, f"a density of {density:.2f} is at most {limit}"), packed
+    timings = time_interleaved({"dense": lambda: conv(x), "sparse": lambda: packed(x)}, repeats=repeats).timings
+    dense, ours = (1e3 * timings[key].median for key in ("dense", "sparse"))
+    reason = f"measured {ours:.3f} ms sparse and {dense:.3f} ms dense for inputs of {list(x.shape)}"
+    return LayerChoice(name, density, ours < dense, reason, dense, ours), packed
+
+
+def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Tensor]:
+    """What each module gets when the model runs on ``example``; a module that does not run is left out."""
+    check_tensor("sparsify_convs", "example", example)
+    found: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]}))
+        for name in names
+    ]
+    try:
+        model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if not isinstance(module, _CONVOLUTIONS) or module.groups != 1 or len(set(module.stride)) != 1:
+        return False
+    return set(module.kernel_size) == {1} and module.padding in ("valid", "same", (0,) * len(module.kernel_size))
+
+
+def _conv_norm_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise fail("fold_batchnorm", "model", "have a forward that torch.fx can follow", first) from error
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = [id(modules[str(node.target)]) for node in calls]
+    for node in calls:
+        norm, source = modules[str(node.target)], node.args[0] if node.args else None
+        if not isinstance(norm, _NORMS) or norm.running_mean is None or not isinstance(source, fx.Node):
+            continue
+        conv = modules.get(str(source.target)) if source.op == "call_module" else None
+        once = isinstance(conv, _CONVOLUTIONS) and times.count(id(conv)) == times.count(id(norm)) == 1
+        if once and len(source.users) == 1:
+            yield str(source.target), str(node.target)
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"{function}: model must be a Module, got {type(model).__name__}.")
