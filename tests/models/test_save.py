@@ -1,4 +1,8 @@
 import json
+import resource
+import signal
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +12,17 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from paucity.checks import InputError
+from paucity.kernels.linear import PackedLinear
+from paucity.models import save as save_module
+from paucity.models import tensor_files
 from paucity.models.load import Loaded, byte_tokenizer, load
+from paucity.models.packed import packed_linears
+from paucity.models.packed_files import save_packed
 from paucity.models.save import save
 from paucity.models.sites import find_sites, weight_view
+from paucity.weights import pack
+
+IDS = torch.tensor([[5, 9, 3, 40, 22, 7, 1]])
 
 
 def test_round_trip(tiny_model, architecture, tmp_path):
@@ -71,6 +83,9 @@ def test_existing_folder_is_refused_and_kept(tmp_path):
         save(loaded, tmp_path / "new", extra={"tensor": torch.ones(1)})
     assert (tmp_path / "old" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    save(loaded, tmp_path / "old", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path.name for path in (tmp_path / "old").iterdir()} == {"model.safetensors", "paucity.json"}
 
 
 def test_nothing_is_left_of_a_failed_save(tiny_model, tmp_path, monkeypatch):
@@ -84,3 +99,100 @@ def test_nothing_is_left_of_a_failed_save(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save(Loaded(model, None, "tiny"), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 20_000])
+def test_packed_weights_are_saved_dense(tiny_model, architecture, tmp_path, monkeypatch, shard_bytes):
+    if shard_bytes is not None:
+        monkeypatch.setattr(tensor_files, "SHARD_BYTES", shard_bytes)
+    model = tiny_model(architecture, vocab_size=257)
+    for site in find_sites(model, "linear"):
+        weight_view(model, site)[..., ::2] = 0
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(Loaded(model, byte_tokenizer(257), "tiny"), tmp_path / "before")
+    pack(model)
+    held, most = 0, []
+
+    def count(self):
+        nonlocal held
+        held += 1
+        most.append(held)
+        weight = PackedLinear.weight.fget(self)
+        weakref.finalize(weight, release)
+        return weight
+
+    def release():
+        nonlocal held
+        held -= 1
+
+    monkeypatch.setattr(save_module, "_weight", count)
+    save(Loaded(model, byte_tokenizer(257), "tiny"), tmp_path / "m")
+    assert max(most) == 1
+    assert packed_linears(model)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(value, dense[name]) for name, value in again.state_dict().items())
+    if shard_bytes is None:
+        names = {path.name for path in (tmp_path / "m").iterdir()}
+        assert names == {path.name for path in (tmp_path / "before").iterdir()}
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "m"))
+        assert list(map(str, sorted(first))) == list(map(str, sorted(second)))
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
+def test_a_plain_module_that_is_packed(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[0].weight.data[:, ::2] = 0
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pack(model)
+    save(Loaded(model, None, "Sequential"), tmp_path / "m")
+    assert isinstance(model[0], PackedLinear)
+    again = load_file(tmp_path / "m" / "model.safetensors")
+    assert set(again) == set(dense)
+    assert all(torch.equal(again[name], dense[name]) for name in dense)
+
+
+@pytest.mark.parametrize("kind", ["dense", "zeros of packed", "packed"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_full_disk_leaves_nothing(tiny_model, tmp_path, kind, force):
+    """The process may write no file of more than a few kilobytes: to it, the disk is full in the middle of a save."""
+    model = tiny_model("llama")
+    for site in find_sites(model, "linear"):
+        weight_view(model, site)[..., ::2] = 0
+    if kind != "dense":
+        pack(model)
+    write = save_packed if kind == "packed" else save
+    if force:
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "old").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+        with pytest.raises(OSError, match=r"File too large|could not be written"):
+            write(Loaded(model, None, "tiny"), tmp_path / "m", force=force)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.rglob("*")] == (["m", "old"] if force else [])
+    write(Loaded(model, None, "tiny"), tmp_path / "m", force=force)
+    assert torch.equal(load(tmp_path / "m").model(IDS).logits, model(IDS).logits) == (kind != "zeros of packed")
+    assert "old" not in {path.name for path in (tmp_path / "m").iterdir()}
+
+
+def test_a_move_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old").write_text("old")
+    rename = Path.rename
+
+    def fail_for_new(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="no"):
+        save(Loaded(nn.Linear(1, 1), None, "Linear"), tmp_path / "m", force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["m", "old"]

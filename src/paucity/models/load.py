@@ -37,6 +37,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+PACKED_INDEX = "paucity_packed.json"
+"""What a folder with packed weights has, and no other."""
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NUM_BYTES = 256
 _END = "<|endoftext|>"
@@ -82,7 +85,8 @@ def load(
     Args:
         source: ``"embedded"`` (the shipped model), a Hugging Face folder, a hub id, or a module. A module is taken as
             it is: it is switched to eval mode, and converted in place where ``dtype`` or ``device`` asks for it.
-            A folder with a configuration and no weights at all gives random ones, and a note.
+            A folder with a configuration and no weights at all gives random ones, and a note. A folder of
+            `paucity.models.packed_files.save_packed` comes back onto the kernels.
         tokenizer: instead of the one of the source. A folder without tokenizer files gets `byte_tokenizer`, and a
             note, if its vocabulary is large enough; else the tokenizer is None.
         dtype: one of `DTYPES`; None keeps that of the source.
@@ -154,7 +158,11 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Loa
     if not (folder / "config.json").is_file():
         raise fail("load", "source", "be a Hugging Face folder with a config.json", folder)
     constraint, notes = "be a readable Hugging Face folder", list[str]()
-    if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
+    if (folder / PACKED_INDEX).is_file():
+        from .packed_files import read_packed  # which saves what is loaded here
+
+        model = read_packed(folder)
+    elif any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
         model = _pretrained(str(folder), constraint, local=True)
     else:
         model = _random(str(folder), constraint)

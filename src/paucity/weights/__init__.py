@@ -2,6 +2,7 @@
 
 from .dsnot import DSnoT, dsnot_mask
 from .magnitude import Magnitude, magnitude_mask, magnitude_score
+from .packed import Packing, pack, unpack
 from .pruning import AppliedWeights, prune
 from .random import Random, random_score
 from .sparsegpt import SparseGPT, sparsegpt_sweep
@@ -12,6 +13,7 @@ __all__ = [
     "AppliedWeights",
     "DSnoT",
     "Magnitude",
+    "Packing",
     "Random",
     "SparseGPT",
     "Taylor",
@@ -19,10 +21,12 @@ __all__ = [
     "dsnot_mask",
     "magnitude_mask",
     "magnitude_score",
+    "pack",
     "prune",
     "random_score",
     "sparsegpt_sweep",
     "taylor_score",
+    "unpack",
     "wanda_mask",
     "wanda_score",
 ]

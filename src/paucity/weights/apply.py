@@ -12,7 +12,9 @@ from ..models.load import Loaded
 
 _HOMES: dict[str, str] = {
     "dsnot": "pruning",
+    "gqsa": "gqsa",
     "magnitude": "pruning",
+    "packed": "packed",
     "random": "pruning",
     "sparsegpt": "pruning",
     "taylor": "pruning",

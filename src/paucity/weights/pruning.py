@@ -12,6 +12,7 @@ from ..checks import InputTypeError, check_choice, fail
 from ..measure.tokens import evaluating
 from ..models.calibration import as_batches
 from ..models.load import Loaded
+from ..models.packed import packed_linears
 from ..models.sites import Site, find_sites
 from ..ops.formats import Masks
 from .dsnot import DSnoT
@@ -63,8 +64,11 @@ class AppliedWeights:
         self._dense = {}
 
     def density(self) -> dict[str, float]:
-        """Share of nonzeros that each pruned parameter has now."""
-        layers = self.masks.achieved_in(self.model).layers
+        """Share of nonzeros that each pruned parameter has now; of one that was packed since, what its mask keeps."""
+        packed = {f"{path}.weight" for path in packed_linears(self.model)}
+        layers = self.masks.sparsity().layers
+        if rest := {name: mask for name, mask in self.masks.items() if name not in packed}:
+            layers |= Masks(rest).achieved_in(self.model).layers
         return {name: 1 - sparsity for name, sparsity in layers.items()}
 
     def reset(self) -> None:
