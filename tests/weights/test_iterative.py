@@ -51,7 +51,7 @@ def naive(rewind, k, sparsities, scope):
     train(model, Phase(0, None, k))
     for r, sparsity in enumerate(sparsities, 1):
         size = {n: p.numel() for n, p in model.named_parameters() if n in masks}
-        entries = [(abs(float(v)), n, i) for n in masks for i, v in enumerate(model.get_parameter(n).flatten())]
+        entries = [(abs(v), n, i) for n in masks for i, v in enumerate(model.get_parameter(n).flatten().tolist())]
         entries = [(v if masks[n].flatten()[i] else -1.0, n, i) for v, n, i in entries]
         for group in [list(masks)] if scope == "global" else [[n] for n in masks]:
             ranked = sorted((e for e in entries if e[1] in group), key=lambda e: e[0])
