@@ -19,7 +19,7 @@ from ..measure.images import Images
 from ..models.sites import Site, find_sites, weight_view
 from ..ops import budget
 from ..ops.formats import Masks
-from ..ops.schedule import Cubic, Schedule
+from ..ops.schedule import Cubic, Once, Schedule
 from ..ops.select import topk_mask
 from ..training import History, Step, num_steps, train
 from .magnitude import magnitude_score
@@ -141,15 +141,16 @@ def train_sparse(
             ``sparsity`` within the training.
     """
     check_sparsity("train_sparse", sparsity)
+    found = find_sites(model, sites)
     total = num_steps(len(images), epochs, batch_size)
     if schedule is None:
         start = total // 10
-        schedule = Cubic(sparsity=sparsity, start=start, end=max(start + 1, total * 6 // 10), every=every)
+        end = max(start + 1, total * 6 // 10)
+        schedule = Cubic(sparsity=sparsity, start=start, end=end, every=every) if end < total else Once(sparsity)
     if abs(schedule(total - 1) - sparsity) > 1e-9:
         reached = f"{schedule(total - 1):g} at the last step ({total - 1})"
         raise fail("train_sparse", "schedule", f"reach the sparsity {sparsity:g} within the training", reached)
     pruning = GradualPruning(schedule, sites=sites, allocation=allocation)
-    found = find_sites(model, sites)
     try:
         history = train(
             model,
