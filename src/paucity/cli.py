@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .checks import InputError, fail
 from .cli_attention import app as attention_app
+from .cli_evaluate import evaluate
 from .cli_kinetics import kinetics, machine_table, measure
 from .cli_output import Json, check_target, err, out, print_json, spinner
 from .cli_study import app as study_app
@@ -25,6 +26,7 @@ app = typer.Typer(
 claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
+app.command()(evaluate)
 app.command()(kinetics)
 app.add_typer(study_app, name="study")
 

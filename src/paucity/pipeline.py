@@ -7,7 +7,7 @@ whatever does not fit the model is refused at once; they draw from seeds alone, 
 
 import copy
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from . import catalog
 from .compare import Progress, compare, fit
 from .folder import Folder, write_whole
 from .measure.data import read_text
+from .measure.kick import compare_abilities
+from .measure.kick_jobs import prepare
 from .measure.tokens import context_length
 from .models.applied import Combined
 from .models.calibration import calibration_batches
@@ -23,7 +25,7 @@ from .models.facts import model_facts
 from .models.load import Loaded, load
 from .models.save import save
 from .recipe import Recipe
-from .report import Report, StepRecord, TextFacts, TextUse, environment, render
+from .report import Ability, Report, StepRecord, TextFacts, TextUse, environment, render
 
 
 def run(
@@ -50,11 +52,17 @@ def run(
     tell(f"loading {recipe.model}")
     dense = load(recipe.model, dtype=recipe.dtype)
     plan = fit(recipe, dense, text)
+    kick, tokenizer = recipe.measure.kick, dense.need_tokenizer("run")
+    jobs = [] if kick is None else prepare(kick, dense.model, tokenizer, text, recipe.seed)
     sparse = replace(dense, model=copy.deepcopy(dense.model), notes=[])
     calibration = _calibration(recipe, dense, calibration_text)
     applied, records = _apply(recipe, sparse, calibration, tell)
     folder.open(recipe, resume=resume)
     before, after, facts = compare(plan, dense, sparse, applied, text, folder.once, tell)
+    found = []
+    if kick is not None:
+        models = {"dense": dense.model, "sparse": sparse.model}
+        found = compare_abilities(kick, jobs, models, tokenizer, text, seed=recipe.seed, stage=folder.once, tell=tell)
     tell("saving")
     if not (folder.partial / "model").exists():
         save(sparse, folder.partial / "model", extra=applied.state())
@@ -77,6 +85,7 @@ def run(
         steps=records,
         head_density=facts["head_density"],
         attention=facts["attention"],
+        abilities=[Ability(**asdict(ability)) for ability in found],
     )
     report.write(folder.partial / "report.json")
     write_whole(folder.partial / "report.html", render(report))

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from . import catalog
 from .checks import InputError, did_you_mean
+from .measure.kick_options import Kick
 from .measure.prompts import TASKS
 
 Count = Annotated[int, Field(ge=1)]
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 else:
     Task = Literal[tuple(TASKS)]
 """A name in `paucity.measure.prompts.TASKS`."""
+
+
+Built = TypeVar("Built", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -64,6 +68,7 @@ class Retrieval(_Strict):
 class Measure(_Strict):
     """What is measured on the dense and on the sparse model. Lengths are in tokens, ``stride`` too.
 
+    ``kick`` asks for abilities that perplexity does not show, and is left out unless it is given (``kick: {}``: all).
     Where a step is about the cache, ``decoded_tokens`` are read one by one, too, after each of ``decoded_prompts``
     prompts of ``prefill_tokens``.
     """
@@ -78,6 +83,7 @@ class Measure(_Strict):
     prefill_tokens: Annotated[int, Field(ge=2)] = 4096
     decode_tokens: Count = 32
     repeats: Count = 5
+    kick: Kick | None = None
 
     @model_validator(mode="after")
     def _stride_fits(self) -> "Measure":
@@ -139,6 +145,18 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def built(model: type[Built], data: dict[str, Any], where: str) -> Built:
+    """A model from plain values, with errors of one line.
+
+    Raises:
+        InputError: on the first field that is wrong or unknown.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise one_line(error, where, list(model.model_fields)) from None
+
+
 def read_yaml(path: str | Path, function: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -188,5 +206,6 @@ def _known_keys(error: ValidationError, data: Any) -> list[str]:
         return ["method", *options_for(str(data["steps"][path[1]]["method"])).model_fields]
     model: Any = Recipe
     for part in path:
-        model = model.model_fields[str(part)].annotation
+        kind = model.model_fields[str(part)].annotation
+        model = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)
     return list(model.model_fields)

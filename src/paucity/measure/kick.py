@@ -17,6 +17,7 @@ from .abilities import Ability, Scores, agreements, paired
 from .agreement import Agreement, agreement
 from .kick_jobs import Job
 from .kick_options import Kick
+from .quality import bits_per_byte
 from .stats import Estimate
 from .summary import rouge_l
 from .tokens import context_length
@@ -27,8 +28,7 @@ Stage = Callable[[str, Callable[[], Any]], Any]
 def compare_abilities(
     options: Kick,
     jobs: Sequence[Job],
-    dense: nn.Module,
-    sparse: nn.Module,
+    models: dict[str, nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
@@ -41,8 +41,7 @@ def compare_abilities(
     Args:
         options: as for `prepare`.
         jobs: from `prepare`.
-        dense: the one that others are measured against.
-        sparse: another with the same tokenizer.
+        models: ``dense``, the one to measure against, and ``sparse``, another with the same tokenizer.
         tokenizer: of both.
         text: of the agreement.
         seed: of the intervals.
@@ -54,18 +53,48 @@ def compare_abilities(
     found: list[Ability] = []
     if "agreement" in options.tasks:
         say("agreement with dense")
-        length = min(512, context_length(dense) or 512)
+        length = min(512, context_length(models["dense"]) or 512)
         settings: dict[str, Any] = {"length": length, "max_tokens": options.max_tokens, "seed": seed}
-        made = keep("kick.agreement", lambda: asdict(agreement(dense, sparse, tokenizer, text, **settings)))
+        made = keep(
+            "kick.agreement", lambda: asdict(agreement(models["dense"], models["sparse"], tokenizer, text, **settings))
+        )
         found += agreements(_agreement(made))
     for job in jobs:
         sides = []
-        for name, model in (("dense", dense), ("sparse", sparse)):
+        for name in ("dense", "sparse"):
             say(f"{name}: {job.title.lower()}")
-            sides.append(Scores(**keep(f"{name}.kick.{job.name}", partial(_asked, job, model))))
+            sides.append(Scores(**keep(f"{name}.kick.{job.name}", partial(_asked, job, models[name]))))
         found.append(paired(job.name, job.group, job.title, job.unit, *sides, seed=seed))
         if job.name == "rouge":
             found.append(_alike(*sides, seed=seed))
+    return found
+
+
+def abilities_of(
+    options: Kick,
+    jobs: Sequence[Job],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    seed: int = 0,
+    tell: Callable[[str], object] | None = None,
+) -> list[Ability]:
+    """One model alone: its figure stands as ``sparse``, with nothing to compare it to; ``agreement`` is perplexity."""
+    say = tell or (lambda _: None)
+    found: list[Ability] = []
+    if "agreement" in options.tasks:
+        say("perplexity")
+        length = min(512, context_length(model) or 512)
+        read = bits_per_byte(model, tokenizer, text, length=length, stride=length, max_tokens=options.max_tokens)
+        num = read.num_tokens
+        found.append(Ability("perplexity", "loss", "Perplexity", "perplexity", num, None, read.perplexity, None))
+        found.append(Ability("loss", "loss", "Loss per token", "nats", num, None, read.nats_per_token, None))
+    for job in jobs:
+        say(job.title.lower())
+        scores = job.measure(model, None)
+        told = (job.name, job.group, job.title, job.unit, len(scores.scores))
+        found.append(Ability(*told, None, scores.estimate(seed), None, chance=scores.chance))
     return found
 
 

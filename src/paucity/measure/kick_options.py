@@ -23,8 +23,8 @@ class Kick(BaseModel):
     Attributes:
         tasks: ``agreement`` of the likeliest tokens, with perplexity; ``knowledge`` by choice and ``written`` answers
             in a closed book; ``control`` by questions whose answers were never read (Python only); ``open_book``: the
-            same questions with the answer in the prompt; ``retrieval`` from long prompts; ``summary``; ``choice`` of what
-            goes on; ``lm_eval``.
+            same questions with the answer in the prompt; ``retrieval`` from long prompts; ``summary``; ``choice`` of
+            what goes on; ``lm_eval``.
         questions: ``python``, or a file of `paucity.measure.questions`.
         summaries: ``outlines`` or ``docstrings`` of Python, or a file.
         choices: ``next_lines`` of Python, or files of questions with choices.

@@ -1,5 +1,6 @@
 """report.json and report.html: what a run measured, dense against sparse."""
 
+from .ability import Ability
 from .console import console_table
 from .environment import environment
 from .page import render
@@ -19,6 +20,7 @@ from .schema import (
 )
 
 __all__ = [
+    "Ability",
     "AttentionLayer",
     "Environment",
     "Measurement",

@@ -6,6 +6,7 @@ import yaml
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from . import units
+from .abilities import ability_details, ability_picture, ability_rows
 from .compare import MARKS, rows
 from .figures import pictures
 from .patterns import head_pictures
@@ -24,7 +25,9 @@ def render(report: Report) -> str:
             recipe=plain["recipe"],
             rows=rows(report),
             marks=MARKS,
-            pictures=pictures(report),
+            pictures=[*pictures(report)[:1], *ability_picture(report), *pictures(report)[1:]],
+            abilities=ability_rows(report),
+            ability_details=ability_details(report),
             heads=head_pictures(report),
             attention=[_layer(entry) for entry in report.attention],
             retrieval=_retrieval(report),

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from ..checks import InputError, fail
 from . import units
+from .ability import PART, Ability, said
 
 SCHEMA_VERSION = 1
 TIME_RESOLUTION = 0.03
@@ -23,7 +24,7 @@ QUALITY_LIMIT = 0.05
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = PART
 
 
 class Environment(_Part):
@@ -169,6 +170,7 @@ class Report(_Part):
     head_density: list[list[float | None]] | None = None
     """Attention density, layers x heads; None in place of a head that stayed dense by design."""
     attention: list[AttentionLayer] = []
+    abilities: list[Ability] = []
     verdict: list[str] = []
 
     @field_validator("created")
@@ -186,7 +188,7 @@ class Report(_Part):
     @model_validator(mode="after")
     def _with_verdict(self) -> "Report":
         if not self.verdict:
-            self.verdict = verdict(self.dense, self.sparse)
+            self.verdict = [*verdict(self.dense, self.sparse), *said(self.abilities)]
         return self
 
     def write(self, path: str | Path) -> None:
