@@ -29,7 +29,7 @@ SHARED_FILES = {
     "influence",
     "install",
     "interface",
-    "kept_blocks",
+    "kept_sites",
     "layerwise",
     "lemo_fit",
     "lemo_layer",
@@ -55,7 +55,7 @@ SHARED_FILES = {
     "watch",
     "wrapped",
 }
-SHARED_PACKAGES = {"cache", "shared_llm", "speculation"}
+SHARED_PACKAGES = {"cache", "shared_llm", "speculation", "structured"}
 
 
 def test_names_are_sorted():

@@ -21,6 +21,11 @@ CLAIMS: dict[str, Claim] = {
         "2505.23520",
         "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
     ),
+    "cfsp-beats-uniform": Claim(
+        "cfsp_beats_uniform",
+        "2409.13199",
+        "Sharing neurons out by how far blocks turn the hidden states keeps a model better than equal shares do.",
+    ),
     "decode-sparser-than-prefill": Claim(
         "decode_sparser_than_prefill",
         "2504.17768",

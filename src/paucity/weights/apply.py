@@ -11,9 +11,13 @@ from ..models.applied import Applied
 from ..models.load import Loaded
 
 _HOMES: dict[str, str] = {
+    "cfsp": "structured.apply",
     "dsnot": "pruning",
     "gqsa": "gqsa",
+    "heads": "structured.apply",
+    "layers": "structured.apply",
     "magnitude": "pruning",
+    "neurons": "structured.apply",
     "packed": "packed",
     "random": "pruning",
     "sparsegpt": "pruning",
