@@ -6,16 +6,17 @@ with the damped Hessian ``H`` of the layer's squared output error; the groups of
 fixed; stage 2 (E2E-OQP) trains the scales alone by the language-model loss, the numbers frozen. The same code without
 pruning (``sparsity=0``, ``bits=2``) is the paper's W2 baseline.
 
-Chosen here: the groups of a layer compete (``scope``); the dense block sees the dense model's hidden states, the one in
-training those of the compressed model, as in EfficientQAT (https://arxiv.org/abs/2407.11062); learning rates and steps,
-which are larger than EfficientQAT's because calibration is shorter than its 4096 sequences; zero points are not trained
-in stage 2. Not implemented: the paper's GPU engine (`paucity.kernels.linear.packed_linear` multiplies with the stored
-form), quantised embeddings and output heads.
+Chosen here: the groups of a row compete, which errs less than those of a layer (``scope``). The dense block sees the
+dense model's hidden states and the one in training those of the compressed model, as in EfficientQAT
+(https://arxiv.org/abs/2407.11062), whose learning rates were for 4096 sequences; the defaults here are larger, for the
+shorter calibration that is usual for pruning. Zero points are not trained in stage 2. Where a model's blocks do not
+simply follow each other, the dense block sees the compressed model's states too. Not implemented: the paper's GPU
+engine (`paucity.kernels.linear.packed_linear` multiplies with the stored form), embeddings and output heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checks import check_choice, check_divides, check_ndim, check_range, check_shape, fail
-from ..measure.tokens import Progress
+from ..measure.tokens import Progress, evaluating
 from ..models.blocks import sites_by_block
+from ..models.calibration import as_batches
 from ..models.load import Loaded
 from ..models.sites import Site, find_sites
 from ..ops.select import block_topk_mask
 from .gqsa_applied import AppliedGroups
 from .gqsa_work import Work
-from .matrices import as_matrices
+from .layerwise import restore
+from .matrices import as_matrices, num_matrices
 from .statistics import InputGram, InputNorm, inverse_factor
 from .wanda import wanda_score
 
@@ -47,7 +50,7 @@ class GqsaOptions(BaseModel):
     group_size: int = Field(default=16, ge=2, multiple_of=2, description="weights of a group, which share a scale")
     bits: int = Field(default=4, ge=2, le=4, description="of a weight that stays")
     saliency: Saliency = Field(default="hessian", description="hessian, or wanda: (|w| * norm of the input)^2")
-    scope: Scope = Field(default="layer", description="whether the groups of a layer compete, or those of a row")
+    scope: Scope = Field(default="row", description="whether the groups of a layer compete, or those of a row")
     sites: tuple[str, ...] = ("linear",)
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian, times its mean diagonal")
     block_epochs: int = Field(default=2, ge=0, description="stage 1: passes over the calibration for each block")
@@ -88,7 +91,7 @@ def gqsa_saliency(weight: Tensor, gram: Tensor, *, damping: float = 0.01) -> Ten
     return _saliency(weight, inverse_factor(gram.float(), damping)[0])
 
 
-def gqsa_mask(saliency: Tensor, *, group_size: int = 16, sparsity: float, scope: Scope = "layer") -> Tensor:
+def gqsa_mask(saliency: Tensor, *, group_size: int = 16, sparsity: float, scope: Scope = "row") -> Tensor:
     """Keep-mask of groups, bool ``[..., rows, cols / group_size]``; the groups of a matrix or of a row compete."""
     block = (group_size,) if scope == "row" else (1, group_size)
     return block_topk_mask(saliency, block=block, sparsity=sparsity)[..., ::group_size]
@@ -98,7 +101,7 @@ def apply_step(
     loaded: Loaded,
     method: str,
     options: BaseModel,
-    calibration: Sequence[Tensor],
+    calibration: Iterable[Any],
     on_progress: Progress | None = None,
 ) -> AppliedGroups:
     """Compress ``loaded.model`` in place by `gqsa`.
@@ -111,20 +114,20 @@ def apply_step(
 
 
 def gqsa(
-    loaded: Loaded,
-    calibration: Sequence[Tensor],
+    loaded: Loaded | nn.Module,
+    calibration: Iterable[Any],
     options: GqsaOptions | None = None,
     *,
     on_progress: Progress | None = None,
 ) -> AppliedGroups:
-    """Prune, quantise and train the weights of a model by groups, in place; the model is put in eval mode.
+    """Prune, quantise and train the weights of a model by groups, in place.
 
     Stage 1 holds, besides the model, one block in float32 and the hidden states of the calibration twice; stage 2 the
     compressed weights once more and the activations of one sequence.
 
     Args:
         loaded: the model.
-        calibration: ``input_ids [1, T]`` int64.
+        calibration: a list or a DataLoader, as `paucity.models.calibration.as_batches` takes them.
         options: see `GqsaOptions`.
         on_progress: called with (work done, work in all).
 
@@ -137,12 +140,12 @@ def gqsa(
             as before.
     """
     options = options or GqsaOptions()
-    model = loaded.model
+    model = loaded.model if isinstance(loaded, Loaded) else loaded
     sites = find_sites(model, options.sites)
-    _check(model, sites, options, calibration)
-    model.eval()
+    batches = [batch[0] if isinstance(batch, tuple) else batch for batch in as_batches("gqsa", model, calibration)]
+    _check(model, sites, options, batches)
     blocks = sites_by_block(sites)
-    steps = options.block_epochs * -(-len(calibration) // options.batch_size)
+    steps = options.block_epochs * -(-len(batches) // options.batch_size)
     done, total = 0, len(blocks) * (1 + steps + options.e2e_steps)
 
     def advance(work: int) -> None:
@@ -153,22 +156,24 @@ def gqsa(
 
     dense = {site.name: model.get_parameter(site.name).detach().clone() for site in sites}
     statistic = InputGram if options.saliency == "hessian" else InputNorm
-    work = Work(model, options, calibration, statistic, partial(_choose, options), advance)
+    work = Work(model, options, batches, statistic, partial(_choose, options), advance)
     try:
-        errors = work.stage_1(blocks)
-        loss = work.stage_2(len(blocks)) if options.e2e_steps else None
+        with evaluating(model), torch.enable_grad():
+            errors = work.stage_1(blocks)
+            loss = work.stage_2(len(blocks)) if options.e2e_steps else None
     except BaseException:
-        AppliedGroups(model, {}, options.bits, dense, {}).remove()
+        restore(model, dense)
         raise
     packed = {name: weight.packed() for name, weight in work.weights.items()}
-    applied = AppliedGroups(model, packed, options.bits, dense, {})
+    stacks = [site.name for site in sites if site.kind == "conv" or num_matrices(model, site) > 1]
+    applied = AppliedGroups(model, packed, options.bits, dense, {}, stacks)
     count = sum(weight.shape.numel() for weight in packed.values())
     applied.state().update(
         method="gqsa",
         options=options.model_dump(mode="json"),
         sparsity=1 - sum(weight.codes.numel() * 2 for weight in packed.values()) / max(1, count),
         bits_per_weight=8 * applied.nbytes() / max(1, count),
-        calibration_tokens=sum(batch.numel() for batch in calibration),
+        calibration_tokens=sum(batch.numel() for batch in batches),
         blocks={path: list(pair) for path, pair in errors.items()},
         loss=None if loss is None else list(loss),
         notes=work.notes,
@@ -192,11 +197,13 @@ def _saliency(weight: Tensor, factor: Tensor) -> Tensor:
     return (weight.detach().float() / inverse).square()
 
 
-def _check(model: nn.Module, sites: Sequence[Site], options: GqsaOptions, calibration: Sequence[Tensor]) -> None:
-    if len(calibration) == 0:
+def _check(model: nn.Module, sites: Sequence[Site], options: GqsaOptions, batches: Sequence[Tensor]) -> None:
+    if len(batches) == 0:
         raise fail("gqsa", "calibration", "hold at least one batch of tokens", "none")
     if options.e2e_steps and not (isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None):
         raise fail("gqsa", "e2e_steps", "be 0 for a model that is no language model", options.e2e_steps)
+    if options.e2e_steps and any(batch.shape[-1] < 2 for batch in batches):
+        raise fail("gqsa", "calibration", "hold sequences of at least 2 tokens to train the scales", "a single token")
     for site in sites:
         if model.get_parameter(site.name).ndim < 2:
             raise fail("gqsa", "sites", "be weight matrices", site.name)

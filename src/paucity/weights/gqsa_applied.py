@@ -1,11 +1,12 @@
 """What GQSA (https://arxiv.org/abs/2412.17560) leaves on a model: the stored groups, and the way back."""
 
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.formats.groups import PackedGroups
+from .layerwise import restore
 
 
 class AppliedGroups:
@@ -17,6 +18,7 @@ class AppliedGroups:
         bits: of a number.
         dense: the weights before by parameter name.
         state: method, options, and the errors of both stages before and after.
+        stacks: names of the weights that are more than one matrix.
     """
 
     def __init__(
@@ -26,16 +28,18 @@ class AppliedGroups:
         bits: int,
         dense: dict[str, Tensor],
         state: dict[str, Any],
+        stacks: Collection[str] = (),
     ) -> None:
-        self.model, self.groups, self.bits = model, groups, bits
+        self.model, self.groups, self.bits, self.stacks = model, groups, bits, frozenset(stacks)
         self._dense, self._state = dense, state
 
     def packed(self) -> dict[str, PackedGroups]:
-        """The stored form by parameter name: ``[out, in]``, experts one below the other.
+        """The stored form of each weight that is one matrix ``[out, in]``, by parameter name, as of the compression.
 
-        It is that of the moment of compression: weights that were trained since are not in it.
+        ``paucity.weights.pack(model, "groups", weights=applied.packed())`` runs the model on it. Stacks of experts and
+        grouped convolutions are in ``groups`` only, one matrix below the other.
         """
-        return dict(self.groups)
+        return {name: packed for name, packed in self.groups.items() if name not in self.stacks}
 
     def nbytes(self) -> int:
         """Bytes of all weights as stored, numbers in ``bits`` bits; the places of groups only where some are absent."""
@@ -46,11 +50,9 @@ class AppliedGroups:
             total += 0 if bool(packed.mask().all()) else places
         return total
 
-    @torch.no_grad()
     def remove(self) -> None:
         """Write the dense weights back, exactly; what training changed since is lost."""
-        for name, weight in self._dense.items():
-            self.model.get_parameter(name).copy_(weight)
+        restore(self.model, self._dense)
         self._dense = {}
 
     def density(self) -> dict[str, float]:

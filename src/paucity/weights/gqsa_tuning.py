@@ -166,22 +166,22 @@ def tune_scales(
         model: a causal language model of transformers; not changed.
         tensors: the weights in training by parameter name.
         weights: those weights, frozen.
-        batches: ``input_ids [1, T]`` on the model's device.
+        batches: ``input_ids [B, T]`` on the model's device.
         steps: of Adam, with a cosine.
-        batch_size: sequences a step.
+        batch_size: batches a step.
         lr: of the scales.
-        generator: shuffles the sequences.
+        generator: shuffles the batches.
         on_step: called after every step.
 
     Returns:
-        Mean loss of all sequences in nats a token, before and after.
+        Mean loss of the batches in nats a token, before and after.
     """
     base = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(index: int, weights: dict[str, Tensor]) -> Tensor:
         own = {name: tensor.to(base[name].dtype) for name, tensor in weights.items()}
         logits = functional_call(model, base | own, (batches[index],), {"use_cache": False}).logits
-        return F.cross_entropy(logits[0, :-1].float(), batches[index][0, 1:])
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batches[index][:, 1:].flatten())
 
     @torch.no_grad()
     def mean() -> float:
