@@ -155,10 +155,11 @@ def _device(device: str) -> torch.device:
 def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
     if not folder.is_dir():
         raise fail("load", "source", "be 'embedded', a hub id or a folder that exists", folder)
-    if not (folder / "config.json").is_file():
+    packed = (folder / PACKED_INDEX).is_file()
+    if not packed and not (folder / "config.json").is_file():
         raise fail("load", "source", "be a Hugging Face folder with a config.json", folder)
     constraint, notes = "be a readable Hugging Face folder", list[str]()
-    if (folder / PACKED_INDEX).is_file():
+    if packed:
         from .packed_files import read_packed  # which saves what is loaded here
 
         model = read_packed(folder)

@@ -91,12 +91,15 @@ def write_tensors(path: Path, entries: Mapping[str, Tensor | Later], names: Sequ
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            entry = entries[name]
-            tensor = entry.make() if isinstance(entry, Later) else entry
-            if (tensor.shape, tensor.dtype) != (entry.shape, entry.dtype):
-                found = f"{list(tensor.shape)} {tensor.dtype}"
-                raise fail("save", name, f"be {list(entry.shape)} {entry.dtype}", found)
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_bytes(name, entries[name]))
+
+
+def _bytes(name: str, entry: Tensor | Later) -> memoryview:
+    tensor = entry.make() if isinstance(entry, Later) else entry
+    if (tensor.shape, tensor.dtype) != (entry.shape, entry.dtype):
+        raise fail("save", name, f"be {list(entry.shape)} {entry.dtype}", f"{list(tensor.shape)} {tensor.dtype}")
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
 
 
 def write_shards(folder: Path, entries: Mapping[str, Tensor | Later], stem: str) -> dict[str, str]:
