@@ -54,7 +54,7 @@ def evaluate(
             found = compare_abilities(options, jobs, models, tokenizer, read, seed=seed, tell=progress)
     if as_json:
         return print_json({"model": model, "against": against, "abilities": [_plain(asdict(a)) for a in found]})
-    from .report.abilities import row
+    from .report.abilities import change_interval, row
     from .report.ability import Ability
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -65,8 +65,10 @@ def evaluate(
     if dense is not None:
         table.add_column("", no_wrap=True)
     for ability in found:
-        shown = row(Ability(**asdict(ability)), intervals=dense is None)
-        cells = (shown.sparse,) if dense is None else (shown.dense, shown.sparse, shown.change, shown.judgement)
+        told = Ability(**asdict(ability))
+        shown = row(told, intervals=dense is None)
+        change = " ".join(filter(None, (shown.change, (inside := change_interval(told)) and f"({inside})")))
+        cells = (shown.sparse,) if dense is None else (shown.dense, shown.sparse, change, shown.judgement)
         table.add_row(shown.label, *cells)
     out.print(table)
     if dense is not None:

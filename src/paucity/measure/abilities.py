@@ -103,7 +103,9 @@ def _accuracy_change(dense: Scores, sparse: Scores, was: Estimate) -> Estimate |
     if was.low is None or was.low <= chance:
         return None
     above = was.value - chance
-    return share_change(sparse.scores, dense.scores).mapped(lambda points: points / above)
+    lowest, highest = -was.value, 1 - was.value  # nothing is answered below 0 or above 1
+    change = share_change(sparse.scores, dense.scores)
+    return change.mapped(lambda points: min(max(points, lowest), highest) / above)
 
 
 def _flips(dense: Sequence[float], sparse: Sequence[float]) -> tuple[float, float]:

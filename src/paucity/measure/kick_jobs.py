@@ -111,7 +111,7 @@ class Asked:
     def open_book(self) -> list[Job]:
         """The same questions with their contexts; nothing where there are none."""
         questions = [q for q in self.questions if q.context and q.choices][: self.options.num_open]
-        title = "The same with the answer in the prompt"
+        title = "Knowledge with the answer in the prompt"
         return self._chosen("open_book", "context", title, questions, open_book=True) if questions else []
 
     def retrieval(self) -> list[Job]:
@@ -152,7 +152,7 @@ class Asked:
             found = summarise(model, self.tokenizer, items, seed=self.seed, on_progress=progress)
             return Scores(list(found.scores), None, None, list(found.written))
 
-        jobs = [Job("summary", "summary", "Bits per byte that a document tells of its summary", "bits", gain)]
+        jobs = [Job("summary", "summary", "What a document tells of its summary", "bits", gain)]
         return [*jobs, Job("rouge", "summary", "Written summary, ROUGE-L", "share", rouge)] if write else jobs
 
     def choice(self) -> list[Job]:

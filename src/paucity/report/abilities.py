@@ -14,35 +14,32 @@ _AXIS = (-0.3, 1.05)
 _SHOW: dict[str, Callable[[float | None], str]] = {
     "share": units.percent,
     "perplexity": lambda value: units.significant(value, 4),
-    "bits": lambda value: f"{units.fixed(value)} bits",
-    "nats": lambda value: f"{units.fixed(value)} nats",
+    "bits": units.fixed,
+    "nats": units.fixed,
 }
 
 
-def ability_rows(report: Report) -> list[Row]:
-    """Dense, sparse and the relative change with its interval."""
-    return [row(ability) for ability in report.abilities]
+def ability_rows(report: Report) -> list[tuple[Row, str]]:
+    """Dense, sparse and the relative change, and the interval of that."""
+    return [(row(ability), change_interval(ability)) for ability in report.abilities]
 
 
 def row(ability: Ability, *, intervals: bool = False) -> Row:
     """One ability as text; ``intervals`` adds those of the figures themselves."""
     if intervals:
-        return Row(ability.title, _interval(ability, ability.dense), _interval(ability, ability.sparse), "", "")
+        return Row(_title(ability), _interval(ability, ability.dense), _interval(ability, ability.sparse), "", "")
     show = _SHOW[ability.unit]
     judgement: Judgement = ability.judgement()  # type: ignore[assignment]
     change = units.DASH if ability.change is None else units.change(ability.change.value)
-    if ability.change is not None and ability.change.low is not None and ability.change.high is not None:
-        low, high = (units.change(end, "", 0).strip() for end in (ability.change.low, ability.change.high))
-        change += f" ({low} to {high})"
     dense = units.DASH if ability.dense is None else show(ability.dense.value)
-    return Row(ability.title, dense, show(ability.sparse.value), change, judgement)
+    return Row(_title(ability), dense, show(ability.sparse.value), change, judgement)
 
 
 def ability_details(report: Report) -> list[list[str]]:
     """Title, samples, chance, both figures with intervals, and the shares lost and gained."""
     return [
         [
-            ability.title,
+            _title(ability),
             units.count(ability.num),
             units.percent(ability.chance) if ability.chance else units.DASH,
             _interval(ability, ability.dense),
@@ -65,12 +62,12 @@ def ability_picture(report: Report) -> list[Picture]:
         for y, (ability, found) in enumerate(shown):
             color = INK["dense"] if ability.group == "loss" else INK["sparse"]
             value, low, high = (_clip(end) for end in (found.value, found.low, found.high))
-            axes.text(_AXIS[0], y - 0.36, label(ability.title, 52), va="center")
+            axes.text(0.015, y - 0.33, label(ability.title, 52), va="center")
             axes.barh(y + 0.1, value, 0.38, color=color)
             if low is not None and high is not None:
                 for ink, width in ((INK["card"], 2.4), (INK["ink"], 1.0)):
                     axes.plot([low, high], [y + 0.1] * 2, color=ink, linewidth=width, solid_capstyle="butt")
-            text = units.change(found.value)
+            text = units.percent(found.value)
             axes.text(1.09, y + 0.1, text, va="center", ha="left", color=INK["muted"], fontsize=8.5)
         axes.axvline(0, color=INK["muted"], linewidth=0.9)
         axes.set_ylim(len(shown) - 0.5, -0.75)
@@ -81,13 +78,26 @@ def ability_picture(report: Report) -> list[Picture]:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         axes.grid(True, axis="x")
-        said = "; ".join(f"{ability.title} {units.change(found.value)}" for ability, found in shown)
+        said = "; ".join(f"{ability.title} {units.percent(found.value)}" for ability, found in shown)
         svg = to_svg(figure, "abilities", f"What each ability lost, relative to dense: {said}.")
     caption = (
         "How much worse each became: of perplexity and loss the rise; of accuracies the fall, as a part of what dense "
         "has above chance. Thin lines are 95 % intervals; bars end at the edge of the figure."
     )
     return [Picture("abilities", "What perplexity hides", svg, caption)]
+
+
+def change_interval(ability: Ability) -> str:
+    """``−47 to −18``, in per cent; empty without an interval."""
+    found = ability.change
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return " to ".join(units.change(end, "", 0).strip() for end in (found.low, found.high))
+
+
+def _title(ability: Ability) -> str:
+    unit = {"bits": ", bits per byte", "nats": ", nats"}.get(ability.unit, "")
+    return ability.title + unit
 
 
 def _interval(ability: Ability, found: Figure | None) -> str:

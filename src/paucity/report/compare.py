@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from . import units
+from .images import image_rows
 from .schema import Measurement, Report, indistinct, overlap
 
 Judgement = Literal["better", "worse", "same", "within noise", ""]
@@ -34,7 +35,12 @@ class _Quantity:
 
 def rows(report: Report) -> list[Row]:
     """The rows that have a figure for at least one of the two models."""
-    return [*_rows(report.dense, report.sparse), *_attention(report)]
+    return [*_images(report), *_rows(report.dense, report.sparse), *_attention(report)]
+
+
+def _images(report: Report) -> Iterator[Row]:
+    for row in image_rows(report.dense.images, report.sparse.images):
+        yield _judged(_Quantity(row.label, "", row.show, row.more_is_better, row.points), row.dense, row.sparse, row.noise)
 
 
 def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:

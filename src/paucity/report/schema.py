@@ -118,6 +118,7 @@ class Measurement(_Part):
     """As executed in one prefill of ``prefill_tokens``."""
     density: dict[str, float] = {}
     """Kept fraction in [0, 1] by site; 1.0 for dense."""
+    images: ImageMeasurement | None = None
 
     def at_largest(self, task: str) -> Retrieval | None:
         """The result of ``task`` at its largest length, None where it was not measured."""
