@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .checks import InputError, fail
 from .cli_attention import app as attention_app
+from .cli_essential import essential
 from .cli_evaluate import evaluate
 from .cli_kinetics import kinetics, machine_table, measure
 from .cli_output import Json, check_target, err, out, print_json, spinner
@@ -27,6 +28,7 @@ claims_app = typer.Typer(help="Reproduce what papers claim.", no_args_is_help=Tr
 app.add_typer(claims_app, name="claims")
 app.add_typer(attention_app, name="attention")
 app.command()(evaluate)
+app.command()(essential)
 app.command()(kinetics)
 app.add_typer(study_app, name="study")
 

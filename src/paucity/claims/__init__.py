@@ -46,10 +46,20 @@ CLAIMS: dict[str, Claim] = {
         "2402.17463",
         "Beyond the trained length, dual-chunk attention predicts text better than the model alone, without training.",
     ),
+    "essential-sparsity-knee": Claim(
+        "essential_sparsity_knee",
+        "2306.03805",
+        "Removing the smallest weights at once costs little up to a point and far more beyond it, unstructured and N:M.",
+    ),
     "gna-simulator": Claim(
         "gna_simulator",
         "2504.16922",
         "The gain of neighbourhood attention follows a count of tiles, and many perfectly block-sparse cases reach it.",
+    ),
+    "gqsa-beats-2-4": Claim(
+        "gqsa_beats_2_4",
+        "2412.17560",
+        "Groups of 16 in 4 bits, half of them pruned, keep a model better than 2:4 and W2 do, and decode faster.",
     ),
     "hip-beats-window": Claim(
         "hip_beats_window",
@@ -142,6 +152,12 @@ CLAIMS: dict[str, Claim] = {
         "snapkv_beats_window",
         "2404.14469",
         "After a prompt was cut once, SnapKV has kept more of what is asked for than a recent window of equal size.",
+    ),
+    "sparse-convnet-frontier": Claim(
+        "sparse_convnet_frontier",
+        "1911.09723",
+        "A wide ConvNet with sparse 1x1 convolutions classifies better than a narrow dense one of equal FLOPs, and of "
+        "equal measured time.",
     ),
     "threads-harder-than-needles": Claim(
         "threads_harder_than_needles",
