@@ -7,11 +7,12 @@ from torch import nn
 
 from paucity.checks import InputError
 from paucity.models.applied import Applied
-from paucity.models.hooks import input_norms
+from paucity.models.hooks import capture_inputs, input_norms
 from paucity.models.load import Loaded
 from paucity.models.sites import find_sites, weight_view
 from paucity.weights import prune, wanda_mask
 from paucity.weights.apply import apply_step, options_for
+from paucity.weights.matrices import from_matrices
 
 
 def wrap(model):
@@ -43,18 +44,19 @@ def test_every_architecture_counts_zeros_and_comes_back(tiny_model, architecture
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_wanda_calibrates_each_block_behind_pruned_ones(tiny_model):
-    model, reference, batches = tiny_model("llama"), tiny_model("llama"), tokens()
+def test_each_site_is_calibrated_behind_all_that_was_pruned_before(tiny_model, architecture):
+    model, reference, batches = tiny_model(architecture), tiny_model(architecture), [*tokens(), *tokens(1, 7)]
     reference.load_state_dict(model.state_dict())
     masks = prune(wrap(model), "wanda", sparsity=0.5, calibration=batches)
-    for layer in range(2):
-        sites = [site for site in find_sites(reference, ("linear",)) if site.layer == layer]
-        norms = input_norms(reference, sites, batches)
-        for site in sites:
-            weight = weight_view(reference, site)
-            expected = wanda_mask(weight, norms[site.name], sparsity=0.5)
-            assert torch.equal(masks[site.name], expected), site.name
-            weight.masked_fill_(~expected, 0)
+    order = {}
+    with capture_inputs(reference, find_sites(reference, ("linear",)), lambda site, *_: order.setdefault(site)):
+        reference(batches[0])
+    for site in order:
+        weight, norm = weight_view(reference, site), input_norms(reference, [site], batches)[site.name]
+        expected = wanda_mask(weight, norm.where(norm.amax(-1, keepdim=True) > 0, 1), sparsity=0.5)
+        same = from_matrices(reference, site, expected) == masks[site.name]
+        assert same.float().mean() > 0.999, site.name  # sums in another order can break ties
+        weight.masked_fill_(~expected, 0)
 
 
 def test_conv1d_rows_are_outputs(tiny_model):

@@ -126,7 +126,7 @@ def _run(function: str, model: nn.Module, sites: Sequence[Site], batches: Sequen
     device = next(model.parameters()).device
     with capture_inputs(model, sites, note), torch.no_grad():
         for batch in batches:
-            _forward(model, sites, batch.to(device))
+            run_model(model, sites, batch.to(device))
     unused = [site.name for site in sites if site.name not in seen]
     if unused:
         raise InputError(
@@ -134,7 +134,8 @@ def _run(function: str, model: nn.Module, sites: Sequence[Site], batches: Sequen
         )
 
 
-def _forward(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
+def run_model(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
+    """Run ``model`` on a batch as far as any of ``sites`` needs it; no cache is used and nothing returned."""
     if not isinstance(model, PreTrainedModel):
         model(batch)
         return

@@ -1,10 +1,11 @@
-"""Pruning block by block: each block is calibrated behind the pruned ones before it, all its sites at once.
+"""Pruning site by site in one forward over the calibration: each is calibrated behind all that was pruned before it.
 
-That is the order of Wanda's and SparseGPT's official code. Scope ``global`` compares scores across blocks, and the
+The official code of Wanda and SparseGPT gathers the inputs of all sites of a block before it prunes any of them, which
+takes two passes and shows a site inputs that it will not have. Scope ``global`` compares scores across sites, and the
 gradients of Taylor's belong to the whole model: both come from one pass through the dense model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail
-from ..models.blocks import Rerun, Walk, open_chain, sites_by_block
-from ..models.hooks import capture_inputs
+from ..models.hooks import capture_inputs, run_model
 from ..models.sites import Site, weight_view
+from ..models.visits import visits
 from ..ops.select import global_topk_masks
 from .allocate import allocate
 from .gradients import squared_gradients
-from .kept_blocks import KeptBlocks
-from .matrices import as_matrices, from_matrices
+from .kept_sites import KeptSites
+from .matrices import as_matrices, from_matrices, num_matrices
 from .pruner import Layer, Pruner
 from .statistics import InputNorm, gather
 from .wanda import Wanda
@@ -61,16 +62,15 @@ def prune_layers(
         sites: what is pruned, in the order of the model.
         pruner: how.
         batches: calibration, checked; empty where nothing is calibrated.
-        tell: told after every block.
-        keep: a folder where every finished block is kept, so that the same call goes on after a kill.
+        tell: told before every site.
+        keep: a folder where every finished site is kept, so that the same call goes on after a kill.
     """
     check_sites(model, sites, pruner)
     result = Pruned()
-    blocks = sites_by_block(sites)
-    kept = KeptBlocks(keep)
+    kept = KeptSites(keep)
     try:
         if pruner.needs_gradients:
-            tell(0, len(blocks), "gradients")
+            tell(0, len(sites), "gradients")
         gradients = squared_gradients(model, sites, batches) if pruner.needs_gradients else {}
         dense_scores = partial(_scores_at_once, model, pruner, batches, gradients, result.notes)
         if pruner.scope == "global" and pruner.n is None:
@@ -81,20 +81,16 @@ def prune_layers(
         ranked_by = partial(_scores_at_once, model, Wanda(), batches, {}, result.notes)
         chosen = ranked_by if pruner.allocation == "owl" else dense_scores
         sparsities = kept.sparsities(lambda: allocate(model, sites, pruner, batches, chosen))
-        walk = _walk(model, [path for path, _ in blocks], batches) if pruner.gathers else None
-        for done, (path, group) in enumerate(blocks):
-            tell(done, len(blocks), path)
-            if kept.has(done):
-                for site, mask, weight in kept.load(done, model, group):
-                    _write(model, site, mask, weight, result)
-            else:
-                solved = solve_block(model, path, group, pruner, walk, sparsities, gradients, result.notes)
-                kept.keep(done, solved)
-                for site, mask, weight in solved:
-                    _write(model, site, mask, weight, result)
-            if walk is not None and done + 1 < len(blocks):
-                walk.advance(path)
-        tell(len(blocks), len(blocks), "done")
+        for site in sites:
+            if kept.has(site):
+                _write(model, *kept.load(model, site), result)
+        left = [site for site in sites if not kept.has(site)]
+        for number, (site, inputs) in enumerate(_calibrated(model, left, pruner, batches), len(sites) - len(left)):
+            tell(number, len(sites), site.name)
+            solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
+            kept.keep(*solved)
+            _write(model, *solved, result)
+        tell(len(sites), len(sites), "done")
     except BaseException:
         restore(model, result.dense)
         raise
@@ -114,37 +110,49 @@ def check_sites(model: nn.Module, sites: Sequence[Site], pruner: Pruner) -> None
             pass  # opening the hooks raises for a site that cannot be calibrated
 
 
-def solve_block(
+def _calibrated(
+    model: nn.Module, sites: Sequence[Site], pruner: Pruner, batches: Sequence[Tensor]
+) -> Iterable[tuple[Site, list[InputNorm] | None]]:
+    """Each site when it is to be pruned, with what the method gathers of its inputs."""
+    if pruner.gathers is None:
+        return ((site, None) for site in sites)
+    make = partial(empty_statistics, model, pruner.gathers)
+    return ((site, inputs) for site, inputs in visits(model, sites, batches, make) if isinstance(site, Site))
+
+
+def empty_statistics(model: nn.Module, kind: type[InputNorm], site: Site, size: int) -> list[InputNorm]:
+    """A statistic of inputs ``[tokens, size]`` for each matrix of ``site``."""
+    return [kind(size) for _ in range(num_matrices(model, site))]
+
+
+def solve_site(
     model: nn.Module,
-    path: str,
-    group: Sequence[Site],
+    site: Site,
     pruner: Pruner,
-    walk: Walk | None,
-    sparsities: dict[str, float],
+    inputs: list[InputNorm] | None,
+    sparsity: float,
     gradients: dict[str, Tensor],
     notes: list[str],
-) -> list[tuple[Site, Tensor, Tensor | None]]:
-    """Of every site of a block the mask, and the new weight where the method changes what stays; nothing is written."""
-    inputs: dict[str, list[InputNorm]] = {}
-    if walk is not None and pruner.gathers is not None:
-        inputs = gather(model, group, pruner.gathers, partial(walk.peek, path))
-    solved: list[tuple[Site, Tensor, Tensor | None]] = []
-    for site in group:
-        layers = _layers(model, site, inputs, gradients)
-        if pruner.m is None and site.kind == "conv" and not pruner.updates and pruner.scope == "layer":
-            scores = torch.stack([pruner.score(layer) for layer in layers])  # groups of a convolution are one layer
-            mask = pruner.select(scores, sparsities[site.name])
-        else:
-            mask = torch.stack([pruner.solve(layer, sparsities[site.name]) for layer in layers])
-        weight = torch.stack([layer.weight for layer in layers]) if pruner.updates else None
-        notes += _notes(site, layers)
-        mask, parameter = from_matrices(model, site, mask), model.get_parameter(site.name)
-        if weight is None:
-            solved.append((site, mask, None))
-        else:  # weights that were zero before stay zero
-            weight = from_matrices(model, site, weight.to(parameter.dtype))
-            solved.append((site, mask & (parameter != 0), weight))
-    return solved
+) -> tuple[Site, Tensor, Tensor | None]:
+    """The site, its mask, and its new weight where the method changes what stays; nothing is written.
+
+    Raises:
+        InputError: if an input was not finite.
+    """
+    if inputs is not None and not all(statistic.finite for statistic in inputs):
+        raise fail("prune", "calibration", "give finite activations", f"NaN or infinity at the input of {site.module}")
+    layers = _layers(model, site, inputs, gradients)
+    if pruner.m is None and site.kind == "conv" and not pruner.updates and pruner.scope == "layer":
+        scores = torch.stack([pruner.score(layer) for layer in layers])  # groups of a convolution are one layer
+        mask = pruner.select(scores, sparsity)
+    else:
+        mask = torch.stack([pruner.solve(layer, sparsity) for layer in layers])
+    notes += _notes(site, layers)
+    mask, parameter = from_matrices(model, site, mask), model.get_parameter(site.name)
+    if not pruner.updates:
+        return site, mask, None
+    weight = torch.stack([layer.weight for layer in layers]).to(parameter.dtype)
+    return site, mask & (parameter != 0), from_matrices(model, site, weight)  # what was zero before stays zero
 
 
 def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
@@ -152,10 +160,6 @@ def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in dense.items():
             model.get_parameter(name).copy_(weight)
-
-
-def _walk(model: nn.Module, paths: list[str], batches: Sequence[Tensor]) -> Walk:
-    return open_chain(model, paths, batches) or Rerun(model, batches)
 
 
 def _scores_at_once(
@@ -169,19 +173,23 @@ def _scores_at_once(
     """Scores ``[matrices, rows, cols]`` of ``sites`` from one pass through the model as it is."""
     inputs: dict[str, list[InputNorm]] = {}
     if pruner.gathers is not None:
-        inputs = gather(model, sites, pruner.gathers, Rerun(model, batches).whole)
+        inputs = gather(model, sites, pruner.gathers, partial(_run_all, model, sites, batches))
     scores = {}
     for site in sites:
-        layers = _layers(model, site, inputs, gradients)
+        layers = _layers(model, site, inputs.get(site.name), gradients)
         scores[site.name] = torch.stack([pruner.score(layer) for layer in layers])
         notes += _notes(site, layers)
     return scores
 
 
-def _layers(
-    model: nn.Module, site: Site, inputs: dict[str, list[InputNorm]], gradients: dict[str, Tensor]
-) -> list[Layer]:
-    found = inputs.get(site.name)
+def _run_all(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]) -> Iterator[None]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        run_model(model, sites, batch.to(device))
+        yield
+
+
+def _layers(model: nn.Module, site: Site, inputs: list[InputNorm] | None, gradients: dict[str, Tensor]) -> list[Layer]:
     matrices = as_matrices(model, site).float()
     if matrices.data_ptr() == weight_view(model, site).data_ptr():
         matrices = matrices.clone()
@@ -190,7 +198,7 @@ def _layers(
         Layer(
             weight,
             site.name if len(matrices) == 1 else f"{site.name}[{index}]",
-            None if found is None else found[index],
+            None if inputs is None else inputs[index],
             None if gradient is None else gradient[index],
         )
         for index, weight in enumerate(matrices)

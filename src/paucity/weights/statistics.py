@@ -5,7 +5,6 @@ and moments ``[in]`` each, a Gram matrix ``[in, in]`` float32. Sites that read t
 value; gate and up) share one statistic, which is gathered once.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,29 +21,21 @@ _PANEL = 768
 _MOST_DAMPING = 100.0
 
 
-class Statistic(ABC):
-    """Sums over the inputs of a layer."""
-
-    num_tokens: int = 0
-
-    @abstractmethod
-    def add(self, inputs: Tensor) -> None:
-        """Take in ``[tokens, in]``, finite, float32."""
-
-
 @dataclass(eq=False)
-class InputNorm(Statistic):
+class InputNorm:
     """Sum of squares of every input feature, for the L2 norm of Wanda (Eq. 1 of https://arxiv.org/abs/2306.11695)."""
 
     size: int
     squares: Tensor = field(init=False)
+    num_tokens: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.size, dtype=torch.float64)
 
     def add(self, inputs: Tensor) -> None:
         """Squares are summed in float32 within a batch and in float64 over batches."""
-        self.squares += torch.linalg.vector_norm(inputs, dim=0).double().square().cpu()
+        norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
+        self.squares += norms.double().square().cpu()
         self.num_tokens += len(inputs)
 
     @property
@@ -77,7 +68,7 @@ class InputMoments(InputNorm):
     def add(self, inputs: Tensor) -> None:
         """Sums as those of the squares."""
         super().add(inputs)
-        self.total += inputs.sum(0).double().cpu()
+        self.total += inputs.sum(0, dtype=torch.float32).double().cpu()
         self.num_batches += 1
 
     @property
@@ -109,6 +100,7 @@ class InputGram(InputNorm):
     def add(self, inputs: Tensor) -> None:
         """On and below the diagonal panels only; the matrix is symmetric."""
         super().add(inputs)
+        inputs = inputs.float()
         for start in range(0, self.size, _PANEL):
             stop = min(start + _PANEL, self.size)
             self.gram[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
@@ -197,7 +189,7 @@ def gather(
         if site.name not in found:
             found[site.name] = [make(inputs.shape[-1]) for _ in range(num_matrices(model, site))]
         if len(inputs):
-            found[site.name][matrix or 0].add(inputs.float())
+            found[site.name][matrix or 0].add(inputs)
 
     with capture_inputs(model, sites, add, patches=True):
         for _ in run():
