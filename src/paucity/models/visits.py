@@ -98,7 +98,7 @@ class _Journey(Generic[G]):
         self.left: set[str] = set()
         self.leader: dict[str, str] = {}
         self.found: dict[str, list[G]] = {}
-        self.last: dict[greenlet, tuple[str, Tensor]] = {}
+        self.last: dict[greenlet, tuple[str, Tensor, int]] = {}
 
     def arrive(self, site: Site, inputs: Tensor, matrix: int | None) -> None:
         """Called before a site runs, for each of its matrices in turn, in the coroutine of a batch."""
@@ -107,11 +107,11 @@ class _Journey(Generic[G]):
         me = getcurrent()
         if site.name not in self.leader:
             known = self.last.get(me)
-            same = matrix is None and known is not None and _same(known[1], inputs)
+            same = matrix is None and known is not None and _same(inputs, *known[1:])
             self.leader[site.name] = self.leader[known[0]] if known is not None and same else site.name
         if self.leader[site.name] == site.name:
             # Held, so that its address cannot become another tensor's while the next site looks at it.
-            self.last[me] = site.name, inputs
+            self.last[me] = site.name, inputs, inputs._version
             if site.name not in self.found:
                 self.found[site.name] = self.make(site, inputs.shape[-1])
             statistics = self.found[site.name]
@@ -159,6 +159,7 @@ def _drop(runs: Sequence[greenlet]) -> None:
             run.throw()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory, unchanged in between."""
-    return (a.data_ptr(), a.shape, a.stride(), a._version) == (b.data_ptr(), b.shape, b.stride(), b._version)
+def _same(inputs: Tensor, known: Tensor, version: int) -> bool:
+    """Whether ``inputs`` are the memory of ``known``, unchanged since it had ``version``."""
+    place = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs._version
+    return place == (known.data_ptr(), known.shape, known.stride(), version)
