@@ -85,8 +85,7 @@ def test_blocks_stay_or_go_as_one():
     assert mask.sum() == 256
 
 
-def test_panels_of_the_gram_matrix(monkeypatch):
-    monkeypatch.setattr("paucity.weights.statistics._PANEL", 5)
+def test_factor_of_the_inverse():
     _, inputs = problem(1, 23)
     gram = InputGram(23)
     for batch in inputs.split(61):

@@ -38,7 +38,9 @@ class Kernel:
 
 KERNELS: dict[str, Kernel] = {
     "codes": Kernel(),
+    "column sweep": Kernel((torch.float32,), ()),
     "decode attention": Kernel(),
+    "gram": Kernel(triton=()),
     "lines": Kernel((torch.bool, *_HALVES), (torch.bool, *_HALVES, torch.float16)),
     "packed linear": Kernel(),
     "selection": Kernel(),

@@ -12,11 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..checks import check_ndim, check_shape
+from ..kernels.sweep import column_sweep
 from .pruner import Layer, Pruner
 from .statistics import InputGram, InputNorm
-
-_INNER = 16
-"""Columns whose corrections are spread one by one; further columns get them as one product."""
 
 
 class SparseGPT(Pruner):
@@ -52,38 +50,16 @@ class SparseGPT(Pruner):
         mask = torch.empty_like(layer.weight, dtype=torch.bool)
         weight = layer.weight.T.contiguous()
         for start in range(0, len(weight), step):
-            stop = min(start + step, len(weight))
+            here = slice(start, start + step)
+            block = factor[here, here]
+            kept = None
             if self.m is None:
-                scores = (weight[start:stop] / factor.diagonal()[start:stop, None]).square().T
-                mask[:, start:stop] = self.select(scores, sparsity)
-            _sweep(weight, mask.T, factor, start, stop, None if self.m is None else self)
+                kept = self.select((weight[here] / block.diagonal()[:, None]).square().T, sparsity).T
+            weight[here], kept, errors = column_sweep(weight[here], block, kept, n=self.n, m=self.m)
+            mask[:, here] = kept.T
+            weight[start + step :].addmm_(factor[here, start + step :].T, errors, alpha=-1)
         layer.weight.copy_(weight.T)
         return mask
-
-
-def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, start: int, stop: int, choose: Pruner | None) -> None:
-    """Prune the inputs ``start`` to ``stop`` of ``weight [cols, rows]`` in place and correct all that come after.
-
-    ``mask [cols, rows]`` says what stays; with ``choose`` it is chosen on the way, group by group.
-    """
-    errors = torch.empty_like(weight[start:stop])
-    diagonal = factor.diagonal()
-    group = 0 if choose is None or choose.m is None else choose.m
-    inner = group * max(1, _INNER // group) if group else _INNER
-    for first in range(start, stop, inner):
-        end = min(first + inner, stop)
-        for column in range(first, end):
-            if choose is not None and group and (column - start) % group == 0:
-                scores = (weight[column : column + group] / diagonal[column : column + group, None]).square()
-                mask[column : column + group] = choose.select(scores.T, 0.0).T
-            row, error = weight[column], errors[column - start]
-            torch.mul(row, ~mask[column], out=error)
-            row -= error
-            error /= diagonal[column]
-            if column + 1 < end:
-                weight[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
-        if end < len(weight):
-            weight[end:].addmm_(factor[first:end, end:].T, errors[first - start : end - start], alpha=-1)
 
 
 def sparsegpt_sweep(weight: Tensor, gram: Tensor, *, sparsity: float, damping: float = 0.01) -> tuple[Tensor, Tensor]:

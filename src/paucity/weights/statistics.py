@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import InputError, fail
+from ..kernels.gram import add_gram, empty_gram
 from ..models.hooks import capture_inputs
 from ..models.sites import Site
 from .matrices import num_matrices
 
-_PANEL = 768
-"""Columns of a Gram matrix that are computed at a time: only what lies on and left of the diagonal panels is."""
 _MOST_DAMPING = 100.0
 
 
@@ -95,15 +94,13 @@ class InputGram(InputNorm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.gram = torch.zeros(self.size, self.size)
+        self.gram = empty_gram(self.size)
 
     def add(self, inputs: Tensor) -> None:
-        """On and below the diagonal panels only; the matrix is symmetric."""
-        super().add(inputs)
-        inputs = inputs.float()
-        for start in range(0, self.size, _PANEL):
-            stop = min(start + _PANEL, self.size)
-            self.gram[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+        """See `paucity.kernels.gram.add_gram`; only the lower triangle is filled."""
+        add_gram(self.gram, inputs)
+        self.squares = self.gram.diagonal().double()
+        self.num_tokens += len(inputs)
 
     @property
     def whole(self) -> Tensor:

@@ -1,0 +1,41 @@
+"""Gram matrices of inputs, in float32 whatever the inputs are."""
+
+from torch import Tensor
+
+from ...checks import InputTypeError, check_ndim, check_shape, fail
+from ..dispatch import check_computable, check_devices
+from . import op
+
+__all__ = ["add_gram", "empty_gram"]
+
+_ROUND = 16
+
+
+def empty_gram(size: int) -> Tensor:
+    """Zeros ``[size, size]`` float32 for `add_gram`, in rows that lie as its native twin wants them."""
+    return op.zeros(size, -(-size // _ROUND) * _ROUND)[:, :size]
+
+
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add ``X^T X`` to ``gram`` in place, on and below the diagonal; what is above is undefined.
+
+    Products of bfloat16 are exact in the float32 in which all is summed, so bfloat16 inputs lose nothing.
+
+    Args:
+        gram: ``[in, in]`` float32, best from `empty_gram`.
+        inputs: ``[tokens, in]``, any float dtype.
+
+    Raises:
+        InputError: if shapes or devices do not fit.
+        InputTypeError: if a dtype does not fit.
+    """
+    name = "add_gram"
+    check_computable(name, "inputs", inputs)
+    check_ndim(name, "inputs", inputs, 2)
+    check_shape(name, "gram", gram, inputs.shape[1], inputs.shape[1])
+    check_devices(name, inputs.device, gram=gram)
+    if gram.dtype != op.SUM:
+        raise InputTypeError(f"{name}: gram must be {op.SUM}, got {gram.dtype}.")
+    if gram.stride(1) != 1 and gram.numel() > 1:
+        raise fail(name, "gram", "have contiguous rows", f"strides {gram.stride()}")
+    op.add_gram(gram, inputs.detach())

@@ -1,0 +1,13 @@
+"""What the sum is, in panels of columns of which those right of the diagonal are left out."""
+
+from torch import Tensor
+
+PANEL = 768
+
+
+def add(gram: Tensor, inputs: Tensor) -> None:
+    """``gram += X^T X`` in float32, on and below the diagonal."""
+    inputs = inputs.float()
+    for start in range(0, inputs.shape[1], PANEL):
+        stop = min(start + PANEL, inputs.shape[1])
+        gram[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
