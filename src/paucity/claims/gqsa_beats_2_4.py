@@ -1,11 +1,14 @@
 """Claim: groups of 16 in 4 bits, half of them pruned, keep a model better than 2:4 and W2 do, and decode faster.
 
 Paper: Zeng et al. 2024, https://arxiv.org/abs/2412.17560, abstract: W4S50 beats 2:4 pruning and W2 in accuracy, and in
-speed by 2.35 and 1.26 times. Here W4S50 and W2 are trained the same way on the same text; 2:4 by Wanda and SparseGPT is
-not trained, as in the paper. W2 has groups of 128, the usual ones, and once groups of 16, which take the bytes of
-W4S50. No kernel here multiplies with 2 bits, so that the speed of W2 is not compared.
+speed by 2.35 and 1.26 times. Here 2:4 by Wanda and SparseGPT is not trained, as in the paper; W2 has groups of 128, the
+usual ones, and is trained as W4S50 is, on the same text in the same steps. Holds when W4S50 is better than all three at
+every draw and its product faster than that of 2:4 at both sizes. Beside the verdict: W2 without training, W2 in groups
+of 16 (about the bytes of W4S50), and 2:4 in 4 bits, trained too. No kernel here multiplies with 2 bits, so that the
+speed of W2 is not compared.
 """
 
+import math
 import random
 import time
 from functools import partial
@@ -32,15 +35,12 @@ NAME = "gqsa-beats-2-4"
 NUM_DOCUMENTS = 60
 LENGTH = 256
 SIZES = ((4096, 4096), (768, 3072))
+USUAL_GROUP = 128
+UNTRAINED = {"block_epochs": 0, "e2e_steps": 0}
 TRAINING = {"batch_size": 2, "weight_lr": 2e-3, "scale_lr": 2e-4, "e2e_lr": 3e-4}
 """Learning rates for about a hundredth of the sequences that the paper trains on, the same for W4S50 and W2."""
-QUANTISED: dict[str, dict[str, float | int]] = {
-    "W4S50, groups of 16": {"bits": 4, "sparsity": 0.5, "group_size": 16},
-    "W2, groups of 128": {"bits": 2, "sparsity": 0.0, "group_size": 128},
-    "W2, groups of 16": {"bits": 2, "sparsity": 0.0, "group_size": 16},
-}
-OURS = "W4S50, groups of 16"
-RIVALS = ("2:4 wanda", "2:4 sparsegpt", "W2, groups of 128")
+OURS, W2 = "W4S50", "W2"
+RIVALS = ("2:4 wanda", "2:4 sparsegpt", W2)
 
 
 def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimResult:
@@ -60,7 +60,9 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     text, held_out = "\n".join(documents), held_out_python()
     bits: dict[str, list[float]] = {}
     stored: dict[str, float] = {}
-    num_weights = sum(weight_view(loaded.model, site).numel() for site in find_sites(loaded.model, ("linear",)))
+    views = [weight_view(loaded.model, site) for site in find_sites(loaded.model, ("linear",))]
+    num_weights = sum(view.numel() for view in views)
+    usual = math.gcd(USUAL_GROUP, *(view.shape[-1] for view in views))
 
     def note(name: str, num_bytes: int) -> None:
         quality = bits_per_byte(loaded.model, tokenizer, held_out, length=1024, stride=512, max_tokens=max_tokens)
@@ -68,32 +70,32 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         bits.setdefault(name, []).append(quality.bits_per_byte.value)
         stored[name] = 8 * num_bytes / num_weights
 
-    note("dense", _dense_bytes(loaded))
+    def quantised(name: str, draw: int, *, trained: bool = True, **choice: float) -> None:
+        training = {**TRAINING, "block_epochs": epochs, "e2e_steps": steps} if trained else UNTRAINED
+        batches = calibration_batches(tokenizer, text, num_samples=samples, length=LENGTH, seed=draw)
+        compressed = gqsa(loaded, batches, GqsaOptions.model_validate({**choice, **training, "seed": draw}))
+        # Of a 2:4 weight half the numbers are stored, and a bit for each place.
+        note(name, compressed.nbytes() - (num_weights // 8 if name.startswith("2:4") else 0))
+        compressed.remove()
+
+    note("dense", sum(view.nbytes for view in views))
     for draw in seeds:
         batches = calibration_batches(tokenizer, text, num_samples=samples, length=LENGTH, seed=draw)
-        for name, choice in QUANTISED.items():
-            if name not in (OURS, *RIVALS) and draw != seed:
-                continue
-            options = GqsaOptions.model_validate(
-                {**choice, **TRAINING, "block_epochs": epochs, "e2e_steps": steps, "seed": draw}
-            )
-            compressed = gqsa(loaded, batches, options)
-            note(name, compressed.nbytes())
-            compressed.remove()
+        quantised(OURS, draw)
+        quantised(W2, draw, sparsity=0, bits=2, group_size=usual)
+        if draw == seed:
+            quantised("W2, not trained", draw, trained=False, sparsity=0, bits=2, group_size=usual)
+        if draw == seed and not quick:
+            quantised("W2, groups of 16", draw, sparsity=0, bits=2)
         for method in ("wanda", "sparsegpt"):
             pruned = apply_step(loaded, method, options_for(method)(n=2, m=4), batches)
-            note(f"2:4 {method}", _nm_bytes(loaded))
-            if method == "sparsegpt" and draw == seed:
-                one_shot = GqsaOptions(sparsity=0, block_epochs=0, e2e_steps=0)
-                rounded = gqsa(loaded, batches, one_shot)
-                note(
-                    "2:4 sparsegpt, W4, groups of 16", rounded.nbytes() - num_weights // 4 + num_weights // 8
-                )  # half the numbers, a bit for each place
-                rounded.remove()
+            note(f"2:4 {method}", sum(PackedNM.pack(view, 2, 4).nbytes for view in views))
+            if method == "sparsegpt" and draw == seed and not quick:
+                quantised("2:4 sparsegpt, W4, trained", draw, sparsity=0)
             pruned.remove()
     speed = {f"{rows}x{cols}": _speed(rows, cols, repeats=15 if quick else 60) for rows, cols in SIZES}
-    better = {f"better than {name}": max(bits[OURS]) < min(bits[name]) for name in RIVALS}
-    faster = {f"faster than 2:4 at {size}": ratios["2:4 / groups"] > 1 for size, ratios in speed.items()}
+    verdict = {f"better than {name}": max(bits[OURS]) < min(bits[name]) for name in RIVALS}
+    verdict |= {f"faster than 2:4 at {size}": ratios["2:4 / groups"] > 1 for size, ratios in speed.items()}
     return ClaimResult(
         claim=NAME,
         paper=CLAIMS[NAME].paper,
@@ -106,9 +108,9 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
             "bits_per_byte": bits,
             "bits_per_weight": stored,
             "seconds at batch 1": speed,
-            "holds": {**better, **faster},
+            "holds": verdict,
         },
-        holds=all(better.values()) and all(faster.values()),
+        holds=all(verdict.values()),
         seconds=time.monotonic() - started,
         seed=seed,
         settings={
@@ -120,20 +122,12 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
                 "seeds": seeds,
             },
             "training": {**TRAINING, "block_epochs": epochs, "e2e_steps": steps},
+            "groups of W2": usual,
             "text": "held_out_python",
             "max_tokens": max_tokens,
             "dtype of the products": "bfloat16",
         },
     )
-
-
-def _dense_bytes(loaded: Loaded) -> int:
-    return sum(weight_view(loaded.model, site).nbytes for site in find_sites(loaded.model, ("linear",)))
-
-
-def _nm_bytes(loaded: Loaded) -> int:
-    views = [weight_view(loaded.model, site) for site in find_sites(loaded.model, ("linear",))]
-    return sum(PackedNM.pack(view, 2, 4).nbytes for view in views)
 
 
 def _speed(rows: int, cols: int, *, repeats: int) -> dict[str, float]:

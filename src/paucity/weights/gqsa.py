@@ -8,10 +8,11 @@ pruning (``sparsity=0``, ``bits=2``) is the paper's W2 baseline.
 
 Chosen here: the groups of a row compete, which errs less than those of a layer (``scope``). The dense block sees the
 dense model's hidden states and the one in training those of the compressed model, as in EfficientQAT
-(https://arxiv.org/abs/2407.11062), whose learning rates were for 4096 sequences; the defaults here are larger, for the
-shorter calibration that is usual for pruning. Zero points are not trained in stage 2. Where a model's blocks do not
-simply follow each other, the dense block sees the compressed model's states too. Not implemented: the paper's GPU
-engine (`paucity.kernels.linear.packed_linear` multiplies with the stored form), embeddings and output heads.
+(https://arxiv.org/abs/2407.11062); where a model's blocks do not simply follow each other, both see the latter. Its
+learning rates (1e-5 for weights, 1e-4 for scales, 1e-5 end to end) were for 4096 sequences and billions of parameters;
+the defaults here are for about a hundred sequences and a few millions. Zero points are not trained in stage 2. Not
+implemented: the paper's GPU engine (`paucity.kernels.linear.packed_linear` multiplies with the stored form), embeddings
+and output heads.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,11 +55,11 @@ class GqsaOptions(BaseModel):
     sites: tuple[str, ...] = ("linear",)
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian, times its mean diagonal")
     block_epochs: int = Field(default=2, ge=0, description="stage 1: passes over the calibration for each block")
-    weight_lr: float = Field(default=1e-4, ge=0, description="stage 1: of the weights")
-    scale_lr: float = Field(default=1e-4, ge=0, description="stage 1: of scales and zero points")
+    weight_lr: float = Field(default=2e-3, ge=0, description="stage 1: of the weights")
+    scale_lr: float = Field(default=2e-4, ge=0, description="stage 1: of scales and zero points")
     e2e_steps: int = Field(default=64, ge=0, description="stage 2: steps; 0 for a model that is no language model")
-    e2e_lr: float = Field(default=2e-5, ge=0, description="stage 2: of the scales")
-    batch_size: int = Field(default=4, ge=1, description="sequences a step, in both stages")
+    e2e_lr: float = Field(default=3e-4, ge=0, description="stage 2: of the scales")
+    batch_size: int = Field(default=2, ge=1, description="sequences a step, in both stages")
     seed: int = Field(default=0, description="of the order of the sequences")
 
 
