@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -48,7 +48,7 @@ def essential(
         progress(f"loading {model}")
         loaded = load(model)
         for name, content in texts.items():
-            measure, chance = text_measure(loaded, content, max_tokens=max_tokens, length=min(512, max_tokens))
+            measure, chance = text_measure(loaded, content, max_tokens=max_tokens, length=512)
             curves[name] = [
                 essential_sparsity(
                     loaded.model, measure, chance=chance, m=m if kind == "nm" else None, order=order, drop=drop,
@@ -69,21 +69,25 @@ def essential(
         write_whole(target, json.dumps(result, indent=2))
     if as_json:
         return print_json(result)
-    out.print(_table(curves, drop))
+    for name, found in curves.items():
+        out.print(f"{loaded.source} on {name}", markup=False, highlight=False, soft_wrap=True)
+        out.print(_table(found, drop))
     for note in dict.fromkeys(note for found in curves.values() for curve in found for note in curve.notes):
         out.print(f"  Note: {note}", markup=False, highlight=False, soft_wrap=True)
     if target is not None:
         out.print(f"\nCurves: {target}", markup=False, soft_wrap=True)
 
 
-def _table(curves: "dict[str, list[Curve]]", drop: float) -> Table:
-    names = ("text", "pattern", "order", "dense", f"loses {drop:.0%} at", "knee", "kept there", "slopes")
+def _table(curves: "list[Curve]", drop: float) -> Table:
+    names = ("first go", "pattern", "dense", f"-{drop:.0%} at", "knee at", "keeps", "slopes")
     table = Table(*names, box=None, pad_edge=False)
-    for text, found in curves.items():
-        for curve in found:
-            knee, row = curve.knee, [text, curve.pattern, curve.order]
-            row += [f"{curve.points[0].quality:.3f}", f"{curve.tolerated:.0%}"]
-            slopes: Any = knee and f"{knee.slope_before:.2f}, {knee.slope_after:.2f}"
-            row += [f"{knee.x:.0%}" if knee else "none", f"{knee.y:.0%}" if knee else "", slopes or ""]
-            table.add_row(*row)
+    for curve in curves:
+        row = ["smallest" if curve.order == "magnitude" else "random", curve.pattern]
+        row += [f"{curve.points[0].quality:.3f}", f"{curve.tolerated:.0%}"]
+        if curve.knee is None:
+            row += ["none", "", ""]
+        else:
+            slopes = f"{curve.knee.slope_before:.2f}, {curve.knee.slope_after:.2f}"
+            row += [f"{curve.knee.x:.0%}", f"{curve.knee.y:.0%}", slopes]
+        table.add_row(*row)
     return table

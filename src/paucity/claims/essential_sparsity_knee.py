@@ -4,6 +4,7 @@ Paper: Jaiswal et al. 2023, https://arxiv.org/abs/2306.03805, sections 3 and 4 (
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..measure.data import gutenberg_books, held_out_python, wiki_text
@@ -72,7 +73,8 @@ def _texts(quick: bool) -> tuple[dict[str, str], list[str]]:
     if quick:
         return texts, absent
     texts["python, second half"] = python[len(python) // 2 :]
-    for name, read in (("book", lambda: gutenberg_books()[0][SKIPPED:]), ("wikitext-2", wiki_text)):
+    readers: dict[str, Callable[[], str]] = {"book": lambda: gutenberg_books()[0][SKIPPED:], "wikitext-2": wiki_text}
+    for name, read in readers.items():
         try:
             texts[name] = read()
         except FileNotFoundError as error:

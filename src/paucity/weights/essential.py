@@ -169,14 +169,25 @@ def essential_sparsity(
 
 
 def text_measure(
-    loaded: Loaded, text: str, *, max_tokens: int = 8192, length: int = 1024, stride: int = 512
+    loaded: Loaded, text: str, *, max_tokens: int = 8192, length: int = 1024, stride: int | None = None
 ) -> tuple[Measure, float]:
     """Bits per byte of ``text`` as a measure, and what guessing all tokens with equal chance costs.
+
+    Args:
+        loaded: the model that gives the tokenizer, dense or not.
+        text: to measure on.
+        max_tokens: of the text, from its start.
+        length: of a window.
+        stride: between two windows; None is half a length.
+
+    Returns:
+        (the measure, the bits per byte of a guess).
 
     Raises:
         InputError: as `paucity.measure.quality.bits_per_byte`.
     """
     tokenizer = loaded.need_tokenizer("text_measure")
+    stride = max(1, length // 2) if stride is None else stride
 
     def measure(model: nn.Module) -> float:
         found = bits_per_byte(model, tokenizer, text, length=length, stride=stride, max_tokens=max_tokens)
