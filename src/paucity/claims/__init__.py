@@ -76,6 +76,11 @@ CLAIMS: dict[str, Claim] = {
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
     ),
+    "kick-vs-perplexity": Claim(
+        "kick_vs_perplexity",
+        "2310.01382",
+        "Pruning costs a model its knowledge before perplexity tells, and spares what it reads from its context.",
+    ),
     "kinetics-attention-dominates": Claim(
         "kinetics_attention_dominates",
         "2506.05333",
@@ -95,6 +100,18 @@ CLAIMS: dict[str, Claim] = {
         "longgen_hybrid",
         "2410.01485",
         "With the middle third of the layers full, a model keeps more than with sparse layers alone at equal cost.",
+    ),
+    "lottery-rewind": Claim(
+        "lottery_rewind",
+        "1912.05671",
+        "Iterative pruning that rewinds to early in training finds subnetworks that train better than random masks and "
+        "random weights of the same density.",
+    ),
+    "lottery-transfer-calibration": Claim(
+        "lottery_transfer_calibration",
+        "2308.14969",
+        "On other images, probed or prompted, dense models are always better calibrated than their lottery tickets, and "
+        "tickets as good on the source do worse on some of them.",
     ),
     "lserve-constant-pages": Claim(
         "lserve_constant_pages",
