@@ -12,6 +12,7 @@ BENCHES: dict[str, str] = {
     "decode": "decoding from a long cache with a policy, selection included, against dense attention",
     "evict": "caches cut after a prompt, in quality, time and bytes, against kvpress and the dense model",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",
+    "packed": "decoding of a 125 M-parameter Llama with packed 2:4 and 60 % sparse weights, against the dense model",
     "prefill": "prefill of the embedded model with a policy, selection included, against the dense model",
     "select": "top-k and statistical top-k of long rows against torch.topk",
     "spmm": "1x1 convolutions with sparse weights against conv2d",

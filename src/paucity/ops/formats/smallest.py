@@ -24,7 +24,8 @@ def nm_pattern(weight: Tensor) -> tuple[int, int] | None:
     found = []
     for m in _GROUPS:
         if weight.numel() and weight.shape[1] % m == 0:
-            n = max(1, int((weight != 0).reshape(-1, m).sum(-1).max()))
+            kept = (weight != 0).reshape(-1, m).view(torch.uint8)
+            n = max(1, int(kept.sum(-1, dtype=torch.uint8).max()))
             found.append((n / m, m, n))
     share, m, n = min(found, default=(1.0, 0, 0))
     return (n, m) if share < 1 else None
