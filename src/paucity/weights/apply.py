@@ -11,10 +11,13 @@ from ..models.applied import Applied
 from ..models.load import Loaded
 
 _HOMES: dict[str, str] = {
+    "channels": "structured.channels",
     "cfsp": "structured.apply",
     "dsnot": "pruning",
     "gqsa": "gqsa",
+    "gradual": "gradual",
     "heads": "structured.apply",
+    "kernel_groups": "kernel_groups",
     "layers": "structured.apply",
     "magnitude": "pruning",
     "neurons": "structured.apply",
