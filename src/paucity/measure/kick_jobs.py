@@ -7,16 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import fail
+from ..checks import InputError, fail
 from .abilities import Scores
 from .harness import check_task, evaluate
 from .kick_options import ALL, Kick
-from .knowledge import Answers, check_questions, multiple_choice, written_answers
+from .knowledge import Answers, check_questions, multiple_choice, question_length, written_answers
 from .questions import Question, draw, read_questions, read_summaries
 from .retrieval import build_prompts, retrieval_accuracy
 from .stdlib_facts import next_lines, python_facts
 from .stdlib_summaries import SUMMARIES, python_summaries
-from .summary import check_summaries, summarise
+from .summary import check_summaries, summarise, summary_length
 from .tokens import Progress, context_length
 
 
@@ -73,8 +73,16 @@ class Asked:
 
     def _questions(self) -> list[Question]:
         if self.options.questions == "python":
-            return python_facts(self.options.num_questions, seed=self.seed)
+            return self._fitting(python_facts(self.options.num_questions, seed=self.seed))
         return draw(read_questions(self.options.questions), self.options.num_questions, self.seed)
+
+    def _fits(self, size: int) -> bool:
+        limit = context_length(self.model)
+        return limit is None or size <= limit
+
+    def _fitting(self, questions: Sequence[Question], *, open_book: bool = False) -> list[Question]:
+        """Those of the built-in questions that fit into the model's context."""
+        return [q for q in questions if self._fits(question_length(self.tokenizer, q, open_book=open_book))]
 
     def _chosen(self, name: str, group: str, title: str, questions: Sequence[Question], **how: bool) -> list[Job]:
         check_questions(
@@ -105,12 +113,15 @@ class Asked:
         """What cannot be known; there is no control for the user's own questions."""
         if self.options.questions != "python":
             return []
-        questions = python_facts(self.options.num_open, known=False, seed=self.seed)
+        questions = self._fitting(python_facts(self.options.num_open, known=False, seed=self.seed))
         return self._chosen("control", "control", "Control: facts never read", questions)
 
     def open_book(self) -> list[Job]:
         """The same questions with their contexts; nothing where there are none."""
-        questions = [q for q in self.questions if q.context and q.choices][: self.options.num_open]
+        questions = [q for q in self.questions if q.context and q.choices]
+        if self.options.questions == "python":
+            questions = self._fitting(questions, open_book=True)
+        questions = questions[: self.options.num_open]
         title = "Knowledge with the answer in the prompt"
         return self._chosen("open_book", "context", title, questions, open_book=True) if questions else []
 
@@ -122,7 +133,12 @@ class Asked:
             title = f"{task.replace('_', ' ').capitalize()} from a prompt of {length:,} tokens"
             settings: dict[str, Any] = {"task": task, "length": length, "filler": self.text}
             settings |= {"num_prompts": self.options.num_prompts, "seed": self.seed}
-            build_prompts(self.tokenizer, **settings)
+            try:
+                build_prompts(self.tokenizer, **settings)
+            except InputError:
+                if length == self.options.length:
+                    raise
+                continue  # the model's context is too short for it
 
             def measure(model: nn.Module, progress: Any, settings: dict[str, Any] = settings) -> Scores:
                 found = retrieval_accuracy(
@@ -136,11 +152,14 @@ class Asked:
     def summary(self) -> list[Job]:
         """What documents tell of their summaries, and what is written of them."""
         kind, num = self.options.summaries, self.options.num_summaries
-        items = (
-            python_summaries(kind, num, seed=self.seed)
-            if kind in SUMMARIES
-            else draw(read_summaries(kind), num, self.seed)
-        )
+        if kind in SUMMARIES:
+            items = [
+                i for i in python_summaries(kind, num, seed=self.seed) if self._fits(summary_length(self.tokenizer, i))
+            ]
+            if not items:
+                return []
+        else:
+            items = draw(read_summaries(kind), num, self.seed)
         check_summaries("summary", self.model, self.tokenizer, items)
         write = self.options.written_summaries
 
@@ -160,7 +179,7 @@ class Asked:
         jobs, num = [], self.options.num_choices
         for number, source in enumerate(self.options.choices):
             if source == "next_lines":
-                made = next_lines(num, seed=self.seed)
+                made = self._fitting(next_lines(num, seed=self.seed))
                 jobs += self._chosen(
                     "choice.next_lines", "choice", "Which line of code comes next", made, per_byte=True
                 )

@@ -146,6 +146,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*leading_ids(tokenizer), *encode(tokenizer, text)]
 
 
+def question_length(tokenizer: PreTrainedTokenizerBase, question: Question, *, open_book: bool) -> int:
+    """Tokens of a question with its longest answer, and a few more for writing one."""
+    longest = max(len(encode(tokenizer, text)) for text in (*question.answers, *question.choices))
+    return len(prompt_ids(tokenizer, question.text(open_book=open_book))) + longest + ANSWER_SLACK
+
+
 def check_questions(
     function: str,
     model: nn.Module,
@@ -164,12 +170,11 @@ def check_questions(
             raise fail(function, "choices", "be at least 2", f"{len(question.choices)} in question {number}")
         if open_book and not question.context:
             raise fail(function, "context", "be given for an open book", f"none in question {number}")
-        ids = prompt_ids(tokenizer, question.text(open_book=open_book))
-        if not ids:
+        if not prompt_ids(tokenizer, question.text(open_book=open_book)):
             raise fail(function, "prompt", "have at least one token", f"none in question {number}")
-        longest = max(len(encode(tokenizer, text)) for text in (*question.answers, *question.choices)) + ANSWER_SLACK
-        if limit is not None and len(ids) + longest > limit:
-            got = f"{len(ids) + longest} in question {number}"
+        size = question_length(tokenizer, question, open_book=open_book)
+        if limit is not None and size > limit:
+            got = f"{size} in question {number}"
             raise fail(function, "prompt", f"fit with its answer into the model's context of {limit} tokens", got)
 
 

@@ -107,6 +107,11 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * best[-1] / (len(ours) + len(theirs))
 
 
+def summary_length(tokenizer: PreTrainedTokenizerBase, item: Summary) -> int:
+    """Tokens of a document with its summary, and a few more for writing one."""
+    return len(prompt_ids(tokenizer, item.document + item.prompt + item.reference)) + ANSWER_SLACK + 1
+
+
 def check_summaries(
     function: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, summaries: Sequence[Summary]
 ) -> None:
@@ -117,7 +122,7 @@ def check_summaries(
     for number, item in enumerate(summaries, 1):
         if not item.stops:
             raise fail(function, "stops", "hold at least one text", f"none in document {number}")
-        size = len(prompt_ids(tokenizer, item.document + item.prompt + item.reference)) + ANSWER_SLACK + 1
+        size = summary_length(tokenizer, item)
         if limit is not None and size > limit:
             got = f"{size} in document {number}"
             raise fail(function, "document", f"fit with its summary into the model's context of {limit} tokens", got)
