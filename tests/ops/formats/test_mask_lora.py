@@ -169,8 +169,8 @@ def test_gradients_under_the_mask_are_those_of_the_masked_product():
 def test_adapters_by_name_and_a_compiled_model():
     masks, model = adapted("linear")
     model.add_adapter("other", lora(target_modules=["k_proj"]))
-    model.set_adapter("other")
     nn.init.normal_(model.base_model.model.model.layers[0].self_attn.k_proj.lora_B["other"].weight)
+    nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)  # the active one
     before = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight").clone()
     done = masks.merge_lora_(torch.compile(model, backend="eager"), adapters=["other"])
     assert set(done.layers) == {"model.layers.0.self_attn.k_proj.weight"}

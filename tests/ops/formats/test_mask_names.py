@@ -169,6 +169,9 @@ def test_doubt_and_unknown_names_are_refused():
     assert model["a"].weight.all()
     with pytest.raises(InputError, match=r"_orig_mod\.a\.weight must mean one parameter .* a\.weight and module\.a"):
         Masks({"_orig_mod.a.weight": mask}).apply_(model)
+    model["module"]["a"] = model["a"]  # one module at two places is one parameter
+    Masks({"_orig_mod.a.weight": mask}).apply_(model)
+    assert model["a"].weight.count_nonzero() == 2
     wrapped = torch.compile(make_model(), backend="eager")
     with pytest.raises(InputError, match=r"got 1\.weight \(nearest: 2\.weight, 0\.weight"):
         Masks({"1.weight": mask}).apply_(wrapped)

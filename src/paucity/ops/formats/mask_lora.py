@@ -34,7 +34,7 @@ class MergedLora:
     Attributes:
         model: the model without peft.
         cut: share of the updates' energy (sum of squares) that fell on removed entries, over the masked parameters that
-            adapters changed; 0.0 if they changed none.
+            adapters changed; 0.0 if they changed none. Under `train_lora` this part never took part in anything.
         layers: the same by name of the parameter.
     """
 
@@ -48,7 +48,7 @@ def merge_lora(masks: "Masks", model: nn.Module, *, adapters: Collection[str] | 
     """Merge adapters into their weights and set the removed entries to 0, layer by layer, in place.
 
     Works for every kind of adapter that peft can merge (LoRA, DoRA, LoHa, IA3 ... on linear, convolution, embedding and
-    expert weights). Layers without a mask are merged as peft does. `train_lora` is best removed after it.
+    expert weights). Layers without a mask are merged as peft does. A copy of one layer is the memory it takes.
 
     Args:
         masks: of the model inside, by its own names or the wrapped ones.
@@ -68,7 +68,7 @@ def merge_lora(masks: "Masks", model: nn.Module, *, adapters: Collection[str] | 
         raise fail(name, "model", "have layers with adapters", "none")
     if any(getattr(layer, "merged", False) for layer in layers):
         raise fail(name, "model", "not be merged yet (unmerge_adapter undoes it)", "merged adapters")
-    chosen = None if adapters is None else list(adapters)
+    chosen = None if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
     known = sorted(wrapped.peft_config)
     for adapter in chosen or ():
         if adapter not in known:
@@ -166,13 +166,12 @@ class _Acting:
 
 
 def _cut(mask: Tensor, place: Located, before: Tensor, energy: dict[str, tuple[float, float]]) -> None:
-    """Mask one merged weight and note the energy that its update lost, and had."""
+    """Note the energy of the update of one merged weight: what falls on removed entries, and all."""
     gone = removed_here(mask, place.parameter)
     update = (place.parameter.float() - before.float()).square_()
     if whole := float(update.sum()):
         lost, had = energy.get(place.name, (0.0, 0.0))
         energy[place.name] = (lost + float(update[gone].sum()), had + whole)
-    place.parameter.masked_fill_(gone, 0)
 
 
 def _is_adapted(layer: Any) -> bool:
