@@ -163,6 +163,19 @@ def test_dtype_change_and_two_optimizers():
     assert masks.violations(model) == {}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_model_moved_after_install():
+    model = make_model()
+    masks = make_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.install(optimizer, model)
+    model.cuda()
+    (model(torch.randn(4, 5, device="cuda")) - 1).square().sum().backward()
+    optimizer.step()
+    assert masks.violations(model) == {}
+    assert masks.achieved_in(model) == masks.sparsity(model)
+
+
 def test_moving_average_that_began_dense_needs_one_apply():
     model = make_model()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))

@@ -86,13 +86,13 @@ def plain_name(name: str) -> str:
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, by its plain name; those of adapters (peft), and what they replace, are left out."""
     _check_model(model)
-    skipped = [
+    skipped = tuple(
         f"{path}.{name}." if path else f"{name}."
         for path, module in model.named_modules()
         for name in _of_adapters(module)
-    ]
+    )
     for path, parameter in model.named_parameters():
-        if not path.startswith(tuple(skipped)):
+        if not path.startswith(skipped):
             yield plain_name(path), parameter
 
 

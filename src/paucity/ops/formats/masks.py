@@ -259,7 +259,7 @@ class Masks:
             if place.parametrized:
                 check_shape(function, place.path, place.weight(), *mask.shape)
             first, other = unique.setdefault(id(place.parameter), (mask, place))
-            if not torch.equal(first, mask.to(first.device)):
+            if first is not mask and not torch.equal(first, mask.to(first.device)):
                 raise fail(function, "masks", "agree where parameters are tied", f"{other.name} and {place.name}")
         return list(unique.values())
 
