@@ -84,7 +84,8 @@ def replace_tensors(model: nn.Module, smaller: Mapping[str, Tensor]) -> Callable
 
     for module in model.modules():
         changed = False
-        for table in (module._parameters, module._buffers):
+        tables_of: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
+        for table in tables_of:
             for key, old in list(table.items()):
                 if old is not None and id(old) in by_id:
                     if key == "weight" and isinstance(module, (*_CONVS, *_TURNED)):

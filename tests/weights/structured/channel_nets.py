@@ -171,3 +171,37 @@ def looped():
 
 NETS = (plain, residual, padded_shortcut, dense_blocks, depthwise, grouped, flattened, group_norm)
 NETS += (instance_norm, squeeze_excite, upsampled, reused, scaled, looped)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; where the channels double, the shortcut is padded with zeros (option A)."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(i, o, 3, 1 if i == o else 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(o)
+        self.conv2 = nn.Conv2d(o, o, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(o)
+        self.pad = 0 if i == o else o // 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.pad:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + x)
+
+
+class ResNet20(nn.Module):
+    """For 32x32 pictures, with the names of the public weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[BasicBlock(16, 16) for _ in range(3)])
+        self.layer2 = nn.Sequential(BasicBlock(16, 32), *[BasicBlock(32, 32) for _ in range(2)])
+        self.layer3 = nn.Sequential(BasicBlock(32, 64), *[BasicBlock(64, 64) for _ in range(2)])
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))

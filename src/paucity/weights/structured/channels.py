@@ -6,7 +6,7 @@ for filter norms; the other scores are those of `channels_scores`. Not implement
 groups to zero before (group channel pruning does that by the norms' scales, `paucity.weights.group_channel`).
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from ...checks import check_choice, check_int, check_sparsity, fail
 from ...measure.tokens import device_of, evaluating
 from ...models.calibration import Batch, as_batches
 from ...models.load import Loaded
+from ...models.norms import recalibrate_norms
 from ...models.resize import replace_tensors
 from ...ops import budget
 from ...ops.formats import Masks
@@ -28,6 +29,7 @@ from .channels_scores import Score, channel_scores
 from .channels_shrink import ChannelGroup, channel_masks, shrunk_tensors
 
 Allocation = Literal["uniform", "erk", "global"]
+_ENOUGH = 64
 
 
 class ChannelsOptions(BaseModel):
@@ -43,6 +45,7 @@ class ChannelsOptions(BaseModel):
     round_to: int = Field(default=1, ge=1, description="channels left in a group are a multiple of this, rounded up")
     ignore: tuple[str, ...] = Field(default=(), description="groups left whole, with * and ?")
     shrink: bool = Field(default=True, description="remove them from the layers; otherwise they are zeros")
+    recalibrate: bool = Field(default=True, description="measure the statistics of batch norms anew, given 64 images")
     seed: int = Field(default=0, description="of the score random")
 
 
@@ -131,17 +134,20 @@ class AppliedChannels:
     Args:
         model: the pruned model.
         masks: of the dense model's parameters.
-        undo: brings the dense model back.
+        undo: what brings the dense model back, called last to first.
         state: method, options, what was kept and notes.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks, undo: Callable[[], None], state: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, masks: Masks, undo: Sequence[Callable[[], None]], state: dict[str, Any]
+    ) -> None:
         self.model, self.masks = model, masks
-        self._undo, self._state = undo, state
+        self._undo, self._state = list(undo), state
 
     def remove(self) -> None:
         """The dense model again, exactly; what training changed since is lost."""
-        self._undo()
+        while self._undo:
+            self._undo.pop()()
 
     def density(self) -> dict[str, float]:
         """Share of each dense parameter that is left."""
@@ -170,19 +176,19 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
     check_choice("apply_step", "method", method, ("channels",))
     given = ChannelsOptions.model_validate(options.model_dump())
     model = loaded.model
-    choice = choose_channels(model, calibration, **given.model_dump(exclude={"shrink"}))
+    batches = as_batches("apply_step", model, calibration)
+    choice = choose_channels(model, batches, **given.model_dump(exclude={"shrink", "recalibrate"}))
     masks = channel_masks(model, choice.groups, choice.kept, nominal=given.sparsity)
     if given.shrink:
-        undo = replace_tensors(model, shrunk_tensors(model, choice.groups, choice.kept))
+        undo = [replace_tensors(model, shrunk_tensors(model, choice.groups, choice.kept))]
     else:
-        dense = {name: model.get_parameter(name).detach().clone() for name in masks}
-        masks.apply_(model)
-
-        def undo() -> None:
-            with torch.no_grad():
-                for name, weight in dense.items():
-                    model.get_parameter(name).copy_(weight)
-
+        undo = [_zeroed(model, masks)]
+    if given.recalibrate:
+        images = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+        if sum(map(len, images)) >= _ENOUGH:
+            undo.append(recalibrate_norms(model, [batch.to(device_of(model)) for batch in images]))
+        else:
+            choice.notes.append(f"the statistics of norms stay: {_ENOUGH} images are needed to measure them anew")
     state = {
         "method": method,
         "options": given.model_dump(mode="json"),
@@ -191,6 +197,19 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
         "notes": choice.notes,
     }
     return AppliedChannels(model, masks, undo, state)
+
+
+@torch.no_grad()
+def _zeroed(model: nn.Module, masks: Masks) -> Callable[[], None]:
+    dense = {name: model.get_parameter(name).detach().clone() for name in masks}
+    masks.apply_(model)
+
+    @torch.no_grad()
+    def undo() -> None:
+        for name, weight in dense.items():
+            model.get_parameter(name).copy_(weight)
+
+    return undo
 
 
 def _select(
