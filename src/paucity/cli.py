@@ -14,7 +14,9 @@ from .cli_essential import essential
 from .cli_evaluate import evaluate
 from .cli_kinetics import kinetics, machine_table, measure
 from .cli_output import Json, check_target, err, out, print_json, spinner
+from .cli_packed import break_even
 from .cli_study import app as study_app
+from .cli_weights import prune
 
 app = typer.Typer(
     name="paucity",
@@ -30,6 +32,8 @@ app.add_typer(attention_app, name="attention")
 app.command()(evaluate)
 app.command()(essential)
 app.command()(kinetics)
+app.command()(prune)
+app.command()(break_even)
 app.add_typer(study_app, name="study")
 
 
@@ -46,7 +50,7 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"]) else "."
+        goes_on = "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"], ["prune"]) else "."
         err.print(f"paucity: interrupted{goes_on}", style="red", markup=False)
         sys.exit(130)
 

@@ -25,7 +25,7 @@ from .packed import packed_linears, unpack, unpacked_state
 from .tensor_files import Later, write_shards
 
 # Keys by which other tools would take plain weights for packed ones.
-_FOREIGN_KEYS = ("sparsity_config", "compression_config")
+FOREIGN_KEYS = ("sparsity_config", "compression_config")
 
 
 def save(loaded: Loaded, folder: str | Path, *, extra: Mapping[str, object] | None = None, force: bool = False) -> Path:
@@ -167,7 +167,7 @@ def _complete(loaded: Loaded, folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
+    kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

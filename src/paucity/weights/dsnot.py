@@ -28,6 +28,7 @@ class DSnoT(Pruner):
     """Options of ``dsnot``."""
 
     gathers: ClassVar[type[InputNorm] | None] = InputMoments
+    stacks: ClassVar[bool] = False
     scope: Scope = "row"
     initial: Literal["wanda", "magnitude"] = Field(default="wanda", description="the score of the mask to start from")
     max_cycles: Annotated[int, Field(ge=0, description="swaps of a row at most")] = 50

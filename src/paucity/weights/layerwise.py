@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail
+from ..models.calibration import stacked
 from ..models.hooks import capture_inputs, run_model
 from ..models.sites import Site, weight_view
 from ..models.visits import visits
@@ -25,6 +26,9 @@ from .matrices import as_matrices, from_matrices, num_matrices
 from .pruner import Layer, Pruner
 from .statistics import InputNorm, gather
 from .wanda import Wanda
+
+STACKED = 2048
+"""Tokens of calibration that run at a time."""
 
 Tell = Callable[[int, int, str], None]
 """Called with what is done, how much there is, and what is being done."""
@@ -117,6 +121,7 @@ def _calibrated(
     if pruner.gathers is None:
         return ((site, None) for site in sites)
     make = partial(empty_statistics, model, pruner.gathers)
+    batches = stacked(batches, most=STACKED) if pruner.stacks else batches
     return ((site, inputs) for site, inputs in visits(model, sites, batches, make) if isinstance(site, Site))
 
 

@@ -153,12 +153,17 @@ def prune(
     return _prune(target, method, options, calibration, folder, on_progress).masks
 
 
+def is_calibrated(pruner: Pruner) -> bool:
+    """Whether a method needs calibration."""
+    return pruner.gathers is not None or pruner.needs_gradients or pruner.allocation in _DENSE_ONCE
+
+
 def _prune(
     loaded: Loaded, name: str, pruner: Pruner, calibration: Iterable[Any], keep: Path | None, tell: Tell | None
 ) -> AppliedWeights:
     model = loaded.model
     sites = find_sites(model, pruner.sites)
-    calibrated = pruner.gathers is not None or pruner.needs_gradients or pruner.allocation in _DENSE_ONCE
+    calibrated = is_calibrated(pruner)
     batches: list[Any] = []
     if calibrated:
         batches = as_batches("prune", model, calibration)

@@ -1,0 +1,143 @@
+"""Pruning a model from its files to files, a block in memory at a time, so that it may be larger than memory.
+
+Each block of the output is written when all calibration has gone through it. A job that was killed reads what it had
+written and goes on behind it.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checks import fail
+from ..folder import replacing, write_whole
+from ..models.blocks import block_path
+from ..models.calibration import stacked
+from ..models.save import FOREIGN_KEYS
+from ..models.sites import Site, find_sites
+from ..models.streamed import Streamed
+from ..models.visits import visits
+from ..ops import budget
+from .layerwise import STACKED, Tell, empty_statistics, solve_site
+from .pruner import Pruner
+from .statistics import InputNorm
+
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+class ShardsJob:
+    """One model on its way from files to files.
+
+    Args:
+        streamed: the model.
+        sites: what is pruned, all in its blocks.
+        pruner: a method that needs no pass through the whole model, with ``uniform`` or ``erk`` allocation.
+        folder: where files are written; blocks that are there already are taken as they are.
+        tell: told before every site.
+
+    Attributes:
+        zeros: entries that are 0, by parameter.
+        sizes: entries, by parameter.
+        notes: what the user should know.
+
+    Raises:
+        InputError: if a site lies outside the blocks; nothing is written.
+    """
+
+    def __init__(self, streamed: Streamed, sites: list[Site], pruner: Pruner, folder: Path, tell: Tell) -> None:
+        self.streamed, self.sites, self.pruner, self.folder, self.tell = streamed, sites, pruner, folder, tell
+        self.model = streamed.model
+        paths = list(dict.fromkeys(block_path(site) for site in find_sites(self.model) if site.layer is not None))
+        self.blocks = {path: [name for name in streamed.files if name.startswith(f"{path}.")] for path in paths}
+        inside = {name for names in self.blocks.values() for name in names}
+        self.rest = [name for name in streamed.files if name not in inside]
+        if any(site.layer is None for site in sites):
+            outside = next(site.name for site in sites if site.layer is None)
+            raise fail("prune", "sites", "lie in the blocks to be pruned block by block", outside)
+        self.file = {path: _file(number, len(paths) + 1) for number, path in enumerate(paths, 1)}
+        self.zeros: dict[str, int] = {}
+        self.sizes = {site.name: self.model.get_parameter(site.name).numel() for site in sites}
+        shapes = {site.name: tuple(self.model.get_parameter(site.name).shape) for site in sites}
+        shared = {"uniform": budget.uniform, "erk": budget.erk}[pruner.allocation]
+        self.sparsities = shared(shapes, sparsity=pruner.target)
+        self.notes: list[str] = []
+
+    @torch.no_grad()
+    def run(self, ids: Sequence[Tensor]) -> None:
+        """Prune block after block."""
+        self.streamed.fill(self.rest)
+        left = [site for site in self.sites if not self._has(block_path(site))]
+        if self.pruner.gathers is None:
+            for path in self.blocks:
+                self.enter(path)
+                for site in left:
+                    if block_path(site) == path:
+                        self.solve(site, None)
+                self.leave(path)
+            return
+        make = partial(empty_statistics, self.model, self.pruner.gathers)
+        batches = stacked(ids, most=STACKED) if self.pruner.stacks else ids
+        for place, inputs in visits(self.model, left, batches, make, doors=list(self.blocks)):
+            if isinstance(place, Site):
+                self.solve(place, inputs)
+            elif place.entrance:
+                self.enter(place.path)
+            else:
+                self.leave(place.path)
+
+    def enter(self, path: str) -> None:
+        """Read a block: as it was, or as a killed job left it."""
+        done = self._has(path)
+        self.streamed.fill(self.blocks[path], self.folder if done else None, self.file[path] if done else None)
+
+    def leave(self, path: str) -> None:
+        """Write a block and take it out of memory."""
+        if not self._has(path):
+            self._write(self.blocks[path], self.file[path])
+        for site in self.sites:
+            if block_path(site) == path:
+                self.zeros[site.name] = int((self.model.get_parameter(site.name) == 0).sum())
+        self.streamed.drop(self.blocks[path])
+
+    def solve(self, site: Site, inputs: list[InputNorm] | None) -> None:
+        """Prune one site in memory."""
+        self.tell(self.sites.index(site), len(self.sites), site.name)
+        _, mask, weight = solve_site(self.model, site, self.pruner, inputs, self.sparsities[site.name], {}, self.notes)
+        before = self.model.get_parameter(site.name).detach()
+        kept = (before if weight is None else weight).masked_fill(~mask, 0)
+        self.streamed.put(site.name, kept)  # not in place: what was read is the file's own memory
+
+    def finish(self) -> None:
+        """Write what is outside the blocks, the index and the other files of a model."""
+        source = self.streamed.folder
+        last = _file(len(self.blocks) + 1, len(self.blocks) + 1)
+        self._write(self.rest, last)
+        stored = self.streamed.stored
+        weights = {stored[name]: self.file[path] for path, names in self.blocks.items() for name in names}
+        weights |= {stored[name]: last for name in self.rest}
+        size = sum((self.folder / file).stat().st_size for file in set(weights.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": weights}
+        write_whole(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for file in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+            if file.name not in ("model.safetensors.index.json", "config.json", "paucity.json"):
+                shutil.copyfile(file, self.folder / file.name)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
+        write_whole(self.folder / "config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+    def _write(self, names: list[str], file: str) -> None:
+        tensors = {self.streamed.stored[name] or name: self.model.get_parameter(name).detach() for name in names}
+        with replacing(self.folder / file) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+
+    def _has(self, path: str) -> bool:
+        return (self.folder / self.file[path]).is_file()
+
+
+def _file(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors"
