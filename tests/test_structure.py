@@ -15,6 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {"checks": 0, "catalog": 1, "folder": 1, "ops": 1, "kernels": 2, "measure": 3, "report": 3, "models": 4, "training": 4}
 LEVELS |= dict.fromkeys(families(), 5) | {
     "recipe": 6,
+    "recipe_images": 5,
+    "compare_images": 6,
+    "pipeline_images": 7,
     "study": 7,
     "claims": 8,
     "bench": 7,
@@ -25,6 +28,7 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "cli_evaluate": 8,
     "cli_attention": 8,
     "cli_kinetics": 8,
+    "cli_packed": 8,
     "kinetics": 5,
     "cli_study": 8,
     "cli": 9,

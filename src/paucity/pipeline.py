@@ -24,6 +24,7 @@ from .models.calibration import calibration_batches
 from .models.facts import model_facts
 from .models.load import Loaded, load
 from .models.save import save
+from .pipeline_images import run_images
 from .recipe import Recipe
 from .report import Ability, Report, StepRecord, TextFacts, TextUse, environment, render
 
@@ -45,6 +46,8 @@ def run(
             not fit it; all before anything is measured.
     """
     started, tell = time.monotonic(), on_progress or _silent
+    if recipe.images is not None:
+        return run_images(recipe, out, force=force, resume=resume, on_progress=tell)
     folder = Folder(Path(out), "run")
     folder.check(recipe, force=force, resume=resume)
     text = read_text(recipe.measure.text, role="measure")

@@ -12,6 +12,7 @@ from . import catalog
 from .checks import InputError, did_you_mean
 from .measure.kick_options import Kick
 from .measure.prompts import TASKS
+from .recipe_images import ImageData, Training
 
 Count = Annotated[int, Field(ge=1)]
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ class Measure(_Strict):
 
 
 class Recipe(_Strict):
-    """The whole job. ``text`` fields name a built-in text (``python``, ``held_out_python``) or a UTF-8 file."""
+    """The whole job. ``text`` fields name a built-in text (``python``, ``held_out_python``) or a UTF-8 file.
+
+    With ``images`` it is about an image model: ``convnet``, ``vit`` or a folder that `run` wrote; texts do not count.
+    """
 
     title: str = "Dense against sparse"
     model: str = "embedded"
@@ -101,6 +105,8 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     calibration: Calibration = Calibration()
     measure: Measure = Measure()
+    images: ImageData | None = None
+    training: Training | None = None
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
 
     @classmethod

@@ -40,6 +40,7 @@ KERNELS: dict[str, Kernel] = {
     "codes": Kernel(),
     "column sweep": Kernel((torch.float32,), ()),
     "decode attention": Kernel(),
+    "depthwise convolution": Kernel(triton=()),
     "gram": Kernel(triton=()),
     "lines": Kernel((torch.bool, *_HALVES), (torch.bool, *_HALVES, torch.float16)),
     "packed linear": Kernel(),

@@ -1,11 +1,15 @@
 """Two image classifiers of ordinary modules, small enough to train on two cores: a ConvNet and a vision transformer."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_divides, check_int
+from ..checks import check_divides, check_int, fail
 
 
 class SeparableBlock(nn.Module):
@@ -27,8 +31,8 @@ class SeparableBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, channels, H, W] -> [B, out_channels, H / stride, W / stride]``."""
-        out: Tensor = self.norm2(self.pointwise(F.relu(self.norm1(self.depthwise(x)))))
-        return F.relu(out + x) if self.residual else F.relu(out)
+        out: Tensor = self.norm2(self.pointwise(F.relu(self.norm1(self.depthwise(x)), inplace=True)))
+        return F.relu(out + x if self.residual else out, inplace=True)
 
 
 class ConvNet(nn.Module):
@@ -73,7 +77,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W] -> [B, num_classes]``."""
-        x = F.relu(self.stem_norm(self.stem(x)))
+        x = F.relu(self.stem_norm(self.stem(x)), inplace=True)
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(x.mean((2, 3)))
@@ -210,3 +214,26 @@ class ViT(nn.Module):
 
 BUILDERS: dict[str, type[ConvNet] | type[ViT]] = {"convnet": ConvNet, "vit": ViT}
 """Image classifiers by name; ``BUILDERS[name](**config)`` builds one, of random weights drawn from torch's seed."""
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """What `load_classifier` needs beside the weights, to be saved as ``extra``; empty for a model of another kind."""
+    name = next((name for name, builder in BUILDERS.items() if type(model) is builder), None)
+    return {} if name is None else {"builder": name, "config": model.config()}  # type: ignore[operator]
+
+
+def load_classifier(folder: str | Path) -> ConvNet | ViT:
+    """A classifier that was saved with its `description`, in eval mode.
+
+    Raises:
+        InputError: if the folder holds no such model, or its weights do not fit.
+    """
+    folder = Path(folder)
+    try:
+        extra = json.loads((folder / "paucity.json").read_text(encoding="utf-8"))["extra"]
+        model = BUILDERS[extra["builder"]](**extra["config"])
+        load_model(model, folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+        choices = " or ".join(BUILDERS)
+        raise fail("load_classifier", "folder", f"hold a {choices} that paucity saved", folder) from None
+    return model.eval()

@@ -3,6 +3,7 @@
 from .ability import Ability
 from .console import console_table
 from .environment import environment
+from .images import BatchTime, ImageMeasurement, image_verdict
 from .page import render
 from .patterns import picture_png
 from .schema import (
@@ -22,7 +23,9 @@ from .schema import (
 __all__ = [
     "Ability",
     "AttentionLayer",
+    "BatchTime",
     "Environment",
+    "ImageMeasurement",
     "Measurement",
     "ModelFacts",
     "PrefillTime",
@@ -33,6 +36,7 @@ __all__ = [
     "TextUse",
     "console_table",
     "environment",
+    "image_verdict",
     "picture_png",
     "render",
     "verdict",

@@ -40,7 +40,8 @@ def rows(report: Report) -> list[Row]:
 
 def _images(report: Report) -> Iterator[Row]:
     for row in image_rows(report.dense.images, report.sparse.images):
-        yield _judged(_Quantity(row.label, "", row.show, row.more_is_better, row.points), row.dense, row.sparse, row.noise)
+        quantity = _Quantity(row.label, "", row.show, row.more_is_better, row.points)
+        yield _judged(quantity, row.dense, row.sparse, row.noise)
 
 
 def _rows(dense: Measurement, sparse: Measurement) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from ..checks import InputError, fail
 from . import units
 from .ability import PART, Ability, said
+from .images import ImageMeasurement
 
 SCHEMA_VERSION = 1
 TIME_RESOLUTION = 0.03

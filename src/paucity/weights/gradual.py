@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..checks import InputTypeError, check_choice, check_sparsity, fail
 from ..measure.images import Images
+from ..models.applied import Applied
+from ..models.load import Loaded
 from ..models.sites import Site, find_sites, weight_view
 from ..ops import budget
 from ..ops.formats import Masks
@@ -25,6 +28,34 @@ from ..training import History, Step, num_steps, train
 from .magnitude import magnitude_score
 
 Allocation = Literal["uniform", "erk"]
+
+
+class Gradual(BaseModel):
+    """Options of ``gradual``: arguments of `train_sparse`, by which the step trains the model that it prunes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: float = Field(default=0.8, ge=0, lt=1)
+    sites: tuple[str, ...] = ("pointwise",)
+    allocation: Allocation = "uniform"
+    epochs: int = Field(default=3, ge=1)
+    every: int = Field(default=10, ge=1, description="steps between two prunings")
+    learning_rate: float = Field(default=0.05, gt=0)
+
+
+def options_for(method: str) -> type[BaseModel]:
+    """The options of ``gradual``."""
+    check_choice("options_for", "method", method, ("gradual",))
+    return Gradual
+
+
+def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: list[Tensor]) -> Applied:
+    """Refused: this step trains on labelled images, which the recipe of an image model gives it.
+
+    Raises:
+        InputError: always.
+    """
+    raise fail("recipe", "steps", "not train a language model", f"{method}, which is a step of recipes with images")
 
 
 class GradualPruning:

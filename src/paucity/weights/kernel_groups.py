@@ -12,11 +12,14 @@ Not implemented: the ARM and WebAssembly kernels; the pattern runs on the produc
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..checks import InputTypeError, check_divides, check_floating, check_int, check_sparsity, fail
+from ..checks import InputTypeError, check_choice, check_divides, check_floating, check_int, check_sparsity, fail
+from ..models.load import Loaded
 from ..models.sites import Site, find_sites, weight_view
 from ..ops.formats import Masks
 from ..ops.select import block_topk_mask
@@ -67,6 +70,81 @@ def kernel_group_masks(
         for site in find_sites(model, sites)
     }
     return Masks(masks, nominal=sparsity)
+
+
+class KernelGroups(BaseModel):
+    """Options of ``kernel_groups``: arguments of `kernel_group_masks`; ``reorder`` puts it behind `rearrange`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: float = Field(default=0.5, ge=0, lt=1)
+    group_size: int = Field(default=4, ge=1, description="neighbouring output channels that share a pattern")
+    sites: tuple[str, ...] = ("pointwise",)
+    reorder: bool = True
+
+
+class AppliedKernelGroups:
+    """Kernel groups in force on a model.
+
+    Args:
+        model: pruned.
+        masks: what was kept.
+        dense: its state before.
+        state: method, options and notes.
+    """
+
+    def __init__(self, model: nn.Module, masks: Masks, dense: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.model, self.masks, self._dense, self._state = model, masks, dense, state
+
+    def remove(self) -> None:
+        """Write everything back as it was, the order of the channels included."""
+        self.model.load_state_dict(self._dense)
+
+    def density(self) -> dict[str, float]:
+        """Share of nonzeros that each pruned parameter has now."""
+        return {name: 1 - sparsity for name, sparsity in self.masks.achieved_in(self.model).layers.items()}
+
+    def reset(self) -> None:
+        """Nothing to reset: the density of weights is static."""
+
+    def state(self) -> dict[str, Any]:
+        """``{"method", "options", "sparsity", "notes"}``."""
+        return self._state
+
+
+def options_for(method: str) -> type[BaseModel]:
+    """The options of ``kernel_groups``."""
+    check_choice("options_for", "method", method, ("kernel_groups",))
+    return KernelGroups
+
+
+def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: list[Tensor]) -> AppliedKernelGroups:
+    """Rearrange and prune ``loaded.model`` in place; the first batch of the calibration checks that its function stays.
+
+    Raises:
+        InputError: as `rearrange`; or if there is no calibration to rearrange by.
+    """
+    check_choice("apply_step", "method", method, ("kernel_groups",))
+    given = KernelGroups.model_validate(options.model_dump())
+    model, notes = loaded.model, list[str]()
+    dense = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if given.reorder:
+        if not calibration:
+            raise fail("kernel_groups", "calibration", "hold at least one batch to rearrange by", "none")
+        sizes = {"group_size": given.group_size, "sparsity": given.sparsity, "sites": given.sites}
+        found = rearrange(model, calibration[0][:8], **sizes)  # type: ignore[arg-type]
+        notes.append(
+            f"{len(found.orders)} sets of channels were rearranged: groups keep {found.kept_after:.1%} of the "
+            f"magnitude instead of {found.kept_before:.1%}."
+        )
+    masks = kernel_group_masks(
+        found.model if given.reorder else model, group_size=given.group_size, sparsity=given.sparsity, sites=given.sites
+    )
+    if given.reorder:
+        model.load_state_dict(found.model.state_dict())
+    masks.apply_(model)
+    state = {"method": method, "options": given.model_dump(mode="json"), "sparsity": masks.sparsity().achieved}
+    return AppliedKernelGroups(model, masks, dense, state | {"notes": notes})
 
 
 @dataclass(frozen=True)
