@@ -9,11 +9,13 @@ BENCHES: dict[str, str] = {
     "activations": "decoding of a wide model with sparse activations, thresholds included, against the dense model",
     "attention": "sparse attention over given patterns, prefill, training and decoding, against SDPA and FlexAttention",
     "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
+    "convnet": "whole ConvNets with sparse 1x1 convolutions against dense ones in their faster layout",
     "decode": "decoding from a long cache with a policy, selection included, against dense attention",
     "evict": "caches cut after a prompt, in quality, time and bytes, against kvpress and the dense model",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",
     "packed": "decoding of a 125 M-parameter Llama with packed 2:4 and 60 % sparse weights, against the dense model",
     "prefill": "prefill of the embedded model with a policy, selection included, against the dense model",
+    "prune": "pruning a model of 125 million weights with Wanda and SparseGPT, against llm-compressor",
     "select": "top-k and statistical top-k of long rows against torch.topk",
     "spmm": "1x1 convolutions with sparse weights against conv2d",
 }
