@@ -104,6 +104,31 @@ def test_a_killed_run_resumes_where_it_was(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_abilities_stand_beside_perplexity_and_resume(folder, tmp_path, monkeypatch):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "def f(", "answer": "x", "choices": ["x", "y"]}\n' * 8)
+    kick = {"tasks": ["agreement", "knowledge"], "questions": str(asked), "max_tokens": 200}
+    recipe = Recipe.build(
+        model=folder("llama"), steps=STEPS[:1], **SMALL | {"measure": SMALL["measure"] | {"kick": kick}}
+    )
+    once, made = Folder.once, []
+
+    def dies(self, name, make):
+        if name == "sparse.kick.knowledge":
+            raise KeyboardInterrupt
+        return once(self, name, make)
+
+    monkeypatch.setattr(Folder, "once", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out")
+    monkeypatch.setattr(Folder, "once", lambda self, n, make: once(self, n, lambda: made.append(n) or make()))
+    report = run(recipe, tmp_path / "out", resume=True)
+    assert made == ["sparse.kick.knowledge"]
+    assert [ability.name for ability in report.abilities][-1] == "knowledge"
+    assert "What perplexity hides" in (tmp_path / "out" / "report.html").read_text()
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == recipe
+
+
 def test_an_existing_folder_is_kept_until_the_new_one_is_complete(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

@@ -48,6 +48,8 @@ BAD = [
     ({"steps": [WANDA], "modle": "x"}, r"modle must be one of .*, got modle \(did you mean 'model'\?\)"),
     ({"steps": [WANDA], "measure": {"strid": 4}}, r"measure.strid must be .*did you mean 'stride'"),
     ({"steps": [WANDA], "measure": {"retrieval": {"task": []}}}, r"measure.retrieval.task must .*did you mean 'tasks'"),
+    ({"steps": [WANDA], "measure": {"kick": {"task": []}}}, r"measure.kick.task must .*did you mean 'tasks'"),
+    ({"steps": [WANDA], "measure": {"kick": {"tasks": ["all"]}}}, r"measure.kick.tasks\[0\] must"),
     ({"steps": [WANDA | {"sparsty": 1}]}, r"steps\[0\].sparsty must be .*did you mean 'sparsity'"),
     ({"steps": [{"method": "wnada"}]}, r"method must be one of .*did you mean 'wanda'"),
     ({"steps": [{"sparsity": 0.5}]}, r"steps\[0\].method must be given"),
