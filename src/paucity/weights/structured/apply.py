@@ -60,7 +60,7 @@ class AppliedStructure:
         self.done.remove()
 
     def density(self) -> dict[str, float]:
-        """Kept share of every parameter that lost something, by its name in the dense model."""
+        """Kept share of every parameter that units or layers could lose, by its name in the dense model."""
         return dict(self.done.density)
 
     def reset(self) -> None:

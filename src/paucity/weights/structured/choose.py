@@ -81,7 +81,7 @@ def choose_neurons(model: nn.Module, options: NeuronsOptions, calibration: Seque
         ratios = _outliers(model, choice.statistics)
         by_module = {units.module: ratios[units.layer] for units in found}
         sparsity = budget.owl(shapes, sparsity=options.sparsity, outlier_ratio=by_module)
-    return _keep(model, found, scores, sparsity, options.round_to, choice)
+    return _keep(model, found, scores, sparsity, options.sparsity, options.round_to, choice)
 
 
 def choose_cfsp(model: nn.Module, options: CfspOptions, calibration: Sequence[Tensor]) -> Choice:
@@ -91,7 +91,7 @@ def choose_cfsp(model: nn.Module, options: CfspOptions, calibration: Sequence[Te
     assert choice.statistics is not None
     scores = _fine(model, found, choice.statistics, options)
     sparsity = _coarse(model, found, choice.statistics, options.sparsity, options.sharpness)
-    return _keep(model, found, scores, sparsity, options.round_to, choice)
+    return _keep(model, found, scores, sparsity, options.sparsity, options.round_to, choice)
 
 
 def choose_layers(model: nn.Module, options: LayersOptions, calibration: Sequence[Tensor]) -> Choice:
@@ -138,15 +138,17 @@ def _keep(
     found: Sequence[Units],
     scores: Mapping[str, Tensor],
     sparsity: Mapping[str, float],
+    target: float,
     round_to: int,
     choice: Choice,
 ) -> Choice:
+    """The best neurons of every network: at least one step of them, whatever the allocation says."""
     for units in found:
         step = math.lcm(round_to, whole_rows(model, units))
-        check_divides("neurons", "round_to", step, units.sizes[-1], f"the neurons of {units.module}")
-        count = step * _count(
-            "neurons", units.sizes[-1] // step, sparsity[units.module], f"neurons (in steps of {step})"
-        )
+        size = units.sizes[-1]
+        check_divides("neurons", "round_to", step, size, f"the neurons of {units.module}")
+        _count("neurons", size // step, target, f"neurons (in steps of {step})")
+        count = step * max(1, num_kept(size // step, sparsity[units.module]))
         choice.kept.append((units, topk_mask(scores[units.module], k=count, dim=-1)))
     kept = sum(int(mask.sum()) for _, mask in choice.kept)
     every = sum(mask.numel() for _, mask in choice.kept)

@@ -118,6 +118,8 @@ def _heads(model: nn.Module, o: Site, near: dict[str, Site]) -> Units:
         sets, groups = _fused(model, near["qkv"], heads, dim)
         slots = _slots(model, near["qkv"], sets)
     else:
+        if any(site.tied for site in near.values()):
+            raise fail("find_units", path, "have projections of their own to be cut", "tied weights")
         raise fail("find_units", path, "have query, key and value projections of a known layout", sorted(near))
     slots += _slots(model, o, (("query", _run(dim, _zero, _queries)),), output=True)
     names = {"num_heads": "heads", "num_attention_heads": "heads", "num_key_value_heads": "groups"}
@@ -169,6 +171,11 @@ def _neurons(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
     if not slots:
         raise fail("find_units", path, "have an up projection of a known name", sorted(near))
     slots += _slots(model, down, each, output=True)
+    if path != block_path(down):
+        names, cut = dict(model.get_submodule(path).named_parameters()), {slot.module for slot in slots}
+        alien = [name for name in names if f"{path}.{name}".rpartition(".")[0] not in cut]
+        if alien:
+            raise fail("find_units", path, "hold nothing but projections of known names", ", ".join(alien))
     shared = "shared_expert" in path.rsplit(".", 1)[-1]
     keys = ("shared_expert_intermediate_size",) if shared else ("ffn_dim", "n_inner", "intermediate_size")
     names = {"intermediate_size": "neurons", "ffn_dim": "neurons"}

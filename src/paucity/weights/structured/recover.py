@@ -7,6 +7,7 @@ say (optimizer, schedule) is AdamW with a linear warm-up over a tenth of the ste
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -98,7 +99,8 @@ def recover(
             for name, weight in before.items():
                 model.get_parameter(name).copy_(weight)
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to change
         torch.manual_seed(options.seed)
         adapted = get_peft_model(model, config)
     losses: list[float] = []
