@@ -25,9 +25,9 @@ from . import CLAIMS
 from .base import ClaimResult
 
 NAME = "sparse-convnet-frontier"
-SPARSITY, LEARNING_RATE = 0.9, 0.1
-BATCH = 8
-"""Images at a time; 8 of 28x28 have the pixels of one of 80x80."""
+SPARSITY, LEARNING_RATE, BATCH_SIZE = 0.85, 0.05, 64
+TIMED = 1
+"""Images at a time where time is measured: one, as in the paper."""
 
 
 def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
@@ -39,28 +39,29 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
         width: of the large network.
     """
     started = time.monotonic()
-    wide = width or (24 if quick else 48)
+    wide = width or (32 if quick else 48)
     seeds = list(range(seed, seed + (1 if quick else 3)))
-    training, test = _images(3000 if quick else 8000, 2000 if quick else 10000)
+    training, test = _images(2500 if quick else 8000, 4000 if quick else 10000)
     epochs = 2 if quick else 4
     shape = {"in_channels": training.pixels.shape[1], "image_size": training.pixels.shape[-1]}
-    x = test.pixels[:BATCH]
+    x = test.pixels[:TIMED]
     torch.manual_seed(seed)
     sparse = ConvNet(width=wide, **shape)
     magnitude_masks(sparse, find_sites(sparse, "pointwise"), sparsity=SPARSITY).apply_(sparse)
     by_flops, work = _equal_flops(sparse, wide, shape, x)
-    by_time, times = _equal_time(sparse, wide, shape, x, repeats=11 if quick else 31)
+    by_time, times = _equal_time(sparse, wide, shape, x, repeats=21 if quick else 61)
 
     hits: dict[str, list[list[float]]] = {"sparse": [], "equal FLOPs": [], "equal time": []}
     for draw in seeds:
         torch.manual_seed(draw)
         model = ConvNet(width=wide, **shape)
-        train_sparse(model, training, sparsity=SPARSITY, epochs=epochs, learning_rate=LEARNING_RATE, seed=draw, shift=1)
+        options = {"epochs": epochs, "batch_size": BATCH_SIZE, "seed": draw, "shift": 1}
+        train_sparse(model, training, sparsity=SPARSITY, learning_rate=LEARNING_RATE, **options)
         hits["sparse"].append(_hits(model, test))
         for name, narrow in (("equal FLOPs", by_flops), ("equal time", by_time)):
             torch.manual_seed(draw)
             dense = ConvNet(width=narrow, **shape)
-            train(dense, training, epochs=epochs, learning_rate=LEARNING_RATE, seed=draw, shift=1)
+            train(dense, training, learning_rate=LEARNING_RATE, **options)
             hits[name].append(_hits(dense, test))
     changes = {name: _change(hits["sparse"], hits[name]) for name in ("equal FLOPs", "equal time")}
     holds = {name: change["low"] > 0 for name, change in changes.items()}
@@ -73,8 +74,8 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
             "accuracy by seed": {name: [sum(run) / len(run) for run in runs] for name, runs in hits.items()},
             "sparse minus dense": changes,
             "width of the dense network": {"equal FLOPs": by_flops, "equal time": by_time},
-            "FLOPs of a batch": work,
-            "milliseconds of a batch": times,
+            "FLOPs of an image": work,
+            "milliseconds of an image": times,
             "verdicts": holds,
         },
         holds=all(holds.values()),
@@ -85,8 +86,9 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
             "width": wide,
             "sparsity of the 1x1 convolutions": SPARSITY,
             "epochs": epochs,
+            "batch size": BATCH_SIZE,
             "learning_rate": LEARNING_RATE,
-            "batch that is timed": BATCH,
+            "images at a time, timed": TIMED,
             "threads": torch.get_num_threads(),
             "seeds": seeds,
             "verdict": "95 % interval of the change over the test images of all seeds lies above 0",

@@ -16,8 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import InputTypeError, check_int, check_tensor, fail
 from ..kernels.depthwise import depthwise_conv
+from ..kernels.spmm import op as spmm
 from ..kernels.spmm import sparse_conv1x1
-from ..kernels.spmm.op import DENSE_ABOVE
 from ..measure.cost import time_interleaved
 from ..ops.formats import PackedCSR
 
@@ -90,7 +90,16 @@ class SparseConv1x1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in, *spatial] -> [N, out, *spatial / stride]``."""
-        return sparse_conv1x1(x, self.weight, self.bias, stride=self.stride)
+        values, bias = self.values, self.bias
+        if x.dtype != values.dtype or x.ndim < 4 or not self._fits(x):
+            return sparse_conv1x1(x, self.weight, bias, stride=self.stride)
+        # A small layer takes less than the checks of its arguments.
+        out = spmm.run(values, self.columns, self.row_offsets, x.reshape(*x.shape[:2], -1), bias)
+        return out.view(x.shape[0], self.shape[0], *x.shape[2:])
+
+    def _fits(self, x: Tensor) -> bool:
+        whole = self.stride == 1 and x.ndim == len(self.shape) and x.shape[1] == self.shape[1] and x.numel() > 0
+        return whole and x.device == self.values.device and not torch.is_autocast_enabled(x.device.type)
 
     def extra_repr(self) -> str:
         """Channels, density and stride."""
@@ -189,7 +198,7 @@ def _faster(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> tuple
 def _choose(name: str, conv: Convolution, x: Tensor | None, repeats: int) -> tuple[LayerChoice, SparseConv1x1]:
     packed = SparseConv1x1.from_conv(conv)
     density = len(packed.values) / max(1, conv.weight.numel())
-    limit = DENSE_ABOVE.get(conv.weight.dtype, 1.0)
+    limit = spmm.DENSE_ABOVE.get(conv.weight.dtype, 1.0)
     if density > limit:
         return LayerChoice(name, density, False, f"a density of {density:.2f} is above {limit}"), packed
     if x is None:

@@ -49,5 +49,5 @@ def depthwise_conv(
         if not 0 < kernel <= size + 2 * padding:
             wanted = f"fit into the padded picture ({size + 2 * padding})"
             raise fail(name, "weight", wanted, f"a kernel of {kernel}")
-    out: Tensor = op.depthwise(x, weight, bias, stride, padding)
+    out: Tensor = op.run(x, weight, bias, stride, padding)
     return out

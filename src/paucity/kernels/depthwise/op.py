@@ -8,15 +8,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
+from ..linear.packed_op import is_plain
 
 KERNEL = "depthwise convolution"
 
 
-@torch.library.custom_op("paucity::depthwise", mutates_args=())
 @dispatch.without_autocast
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """See `paucity.kernels.depthwise.depthwise_conv`."""
     out: Tensor = dispatch.module(KERNEL, x, __package__).depthwise(x, weight, bias, stride, padding)
+    return out
+
+
+depthwise = torch.library.custom_op("paucity::depthwise", mutates_args=())(_depthwise)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """`depthwise`, called without the dispatcher where that makes no difference."""
+    plain = is_plain(x, bias) and not (torch.is_grad_enabled() and weight.requires_grad)
+    out: Tensor = (_depthwise if plain else depthwise)(x, weight, bias, stride, padding)
     return out
 
 

@@ -55,6 +55,6 @@ def sparse_conv1x1(x: Tensor, weight: PackedCSR, bias: Tensor | None = None, *, 
         for dim in range(2, given.ndim):
             given = given[(slice(None),) * dim + (slice(None, None, min(stride, max(1, given.shape[dim]))),)]
     flat = given.reshape(*given.shape[:2], given.shape[2:].numel())
-    out: Tensor = op.spmm(weight.values, weight.columns, weight.row_offsets, flat, bias)
+    out: Tensor = op.run(weight.values, weight.columns, weight.row_offsets, flat, bias)
     out = out.view(given.shape[0], weight.shape[0], *given.shape[2:])
     return out if x.ndim == batched else out.squeeze(0)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...checks import fail
 from .. import dispatch
+from ..linear.packed_op import is_plain
 from . import native, reference
 
 # Density above which PyTorch's dense product is faster than the native kernels, measured at 256 -> 256 channels.
@@ -37,15 +38,24 @@ def _runs_dense(columns: Tensor, row_offsets: Tensor, x: Tensor, size: int) -> b
     return True
 
 
-@torch.library.custom_op("paucity::spmm", mutates_args=())
 @dispatch.without_autocast
-def spmm(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def _spmm(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """``[nnz], [nnz], [out + 1], [B, in, P], [out] -> [B, out, P]``; see `reference.spmm`."""
     twin = _twin(columns, row_offsets, x, x.shape[1])
     if _runs_dense(columns, row_offsets, x, x.shape[1]):
         product = reference.dense(values, columns, row_offsets, x.shape[1]) @ x
         return product if bias is None else product.add_(bias.unsqueeze(-1))
     out: Tensor = twin.spmm(values, columns, row_offsets, x, bias)
+    return out
+
+
+spmm = torch.library.custom_op("paucity::spmm", mutates_args=())(_spmm)
+
+
+def run(values: Tensor, columns: Tensor, row_offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`spmm`, called without the dispatcher where that makes no difference."""
+    plain = is_plain(x, bias) and not (torch.is_grad_enabled() and values.requires_grad)
+    out: Tensor = (_spmm if plain else spmm)(values, columns, row_offsets, x, bias)
     return out
 
 
