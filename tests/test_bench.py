@@ -30,6 +30,7 @@ SMALL = {
         "VOCABULARY": 50,
     },
     "attention": {"SHAPE": {"batch": 1, "heads": 2, "tokens": 512, "dim": 16}},
+    "convnet": {"WIDTH": 4, "IMAGE_SIZE": 8, "BATCHES": (2,)},
     "pages": {"SHAPE": {"heads": 4, "group_heads": 2, "keys": 1024, "dim": 16}},
     "decode": {
         "CACHED": 600,

@@ -150,7 +150,8 @@ def train(
     objective = loss or _objective(teacher, teacher_weight, temperature)
     try:
         with _seeded(seed):
-            model.train().to(memory_format=torch.channels_last)  # convolutions on a CPU train twice as fast
+            model.train()
+            _lay_out(model, torch.channels_last)  # convolutions on a CPU train twice as fast
             for index in range(start_step, stop):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * learning_rate_at(index, total, schedule)
@@ -167,7 +168,7 @@ def train(
     finally:
         if handle is not None:
             handle.remove()
-        model.eval().to(memory_format=torch.contiguous_format)
+        _lay_out(model.eval(), torch.contiguous_format)
     return History(losses, time.monotonic() - started, total)
 
 
@@ -178,6 +179,10 @@ def _check_parts(model: object, images: object, masks: object, teacher: object) 
     for name, (value, kind) in wanted.items():
         if not isinstance(value, kind):
             raise InputTypeError(f"train: {name} must be {kind.__name__}, got {type(value).__name__}.")
+
+
+def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def _check_classes(model: nn.Module, images: Images) -> None:

@@ -55,13 +55,29 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
     for draw in seeds:
         torch.manual_seed(draw)
         model = ConvNet(width=wide, **shape)
-        options = {"epochs": epochs, "batch_size": BATCH_SIZE, "seed": draw, "shift": 1}
-        train_sparse(model, training, sparsity=SPARSITY, learning_rate=LEARNING_RATE, **options)
+        train_sparse(
+            model,
+            training,
+            sparsity=SPARSITY,
+            epochs=epochs,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            seed=draw,
+            shift=1,
+        )
         hits["sparse"].append(_hits(model, test))
         for name, narrow in (("equal FLOPs", by_flops), ("equal time", by_time)):
             torch.manual_seed(draw)
             dense = ConvNet(width=narrow, **shape)
-            train(dense, training, learning_rate=LEARNING_RATE, **options)
+            train(
+                dense,
+                training,
+                epochs=epochs,
+                batch_size=BATCH_SIZE,
+                learning_rate=LEARNING_RATE,
+                seed=draw,
+                shift=1,
+            )
             hits[name].append(_hits(dense, test))
     changes = {name: _change(hits["sparse"], hits[name]) for name in ("equal FLOPs", "equal time")}
     holds = {name: change["low"] > 0 for name, change in changes.items()}
