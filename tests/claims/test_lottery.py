@@ -17,7 +17,7 @@ def test_without_the_data_digits_are_used_and_it_is_said(digits):
     images = source(300, 100)
     assert (images.name, images.shape, len(images.trained), len(images.tested)) == ("digits", (1, 8, 8), 300, 100)
     assert images.note.startswith("measured on digits instead: data_file: PAUCITY_DATA is not set")
-    record = trainer(images, epochs=2, seed=0)(net(images, seed=0, width=4), Phase(0, None))
+    record = trainer(images, epochs=2, seed=0)(net(images, seed=0), Phase(0, None))
     assert set(record) == {"accuracy", "calibration_error"}
 
 

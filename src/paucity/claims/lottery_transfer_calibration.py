@@ -16,29 +16,31 @@ from ..weights.iterative import Round, iterative_magnitude
 from ..weights.transfer import LinearProbe, VisualPrompt
 from . import CLAIMS
 from .base import ClaimResult
-from .tickets import BATCH, SITES, Source, an_epoch, net, scores, source, trainer
+from .tickets import Source, an_epoch, net, scores, source, trainer
 
 NAME = "lottery-transfer-calibration"
-SPARSITIES = (0.5, 0.75, 0.875)
+_WAYS = ("linear_probe", "visual_prompt")
+SPARSITIES = (0.5, 0.75, 0.875, 0.9375)
+PROMPT_EPOCHS = 15
 TARGETS = ("mnist", "digits")
 EQUAL_UPSTREAM = 0.01
-"""A ticket matches the dense model where its own accuracy on the source is at most this much lower."""
-LOST = 0.02
+"""A ticket matches the dense model where its accuracy on the source is at most this much lower, over all draws."""
+LOST = 0.03
 """A matching ticket is no universal reprogrammer where its prompted accuracy on a target is lower by this much."""
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
-    """Train a ConvNet and its tickets on Fashion-MNIST, then probe and prompt all of them on other images.
+    """Train LeNet-300-100 and its tickets on Fashion-MNIST, then probe and prompt all of them on other images.
 
     Args:
-        quick: one draw, fewer images and epochs, two tickets.
+        quick: one draw, fewer images, two tickets.
         seed: of the first draw; the others follow.
     """
     started = time.monotonic()
     seeds = [seed] if quick else list(range(seed, seed + 3))
-    images = source(2048 if quick else 4096, 1000 if quick else 2000)
+    images = source(4096 if quick else 20_000, 5000)
     targets, absent = _targets(images, 512 if quick else 1024)
-    epochs = 4 if quick else 8
+    epochs = 4
     tables = [_table(images, targets, draw, epochs=epochs, rounds=2 if quick else len(SPARSITIES)) for draw in seeds]
     pairs = [pair for table in tables for pair in _pairs(table)]
     excess = {
@@ -48,9 +50,7 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     calibrated = {
         way: [pair["dense_error"] < pair["ticket_error"] for pair in pairs if pair["way"] == way] for way in _WAYS
     }
-    lost = [
-        pair for pair in pairs if pair["way"] == "visual_prompt" and pair["matches_upstream"] and pair["lost"] > LOST
-    ]
+    lost = [each for each in _losses(pairs) if each["lost_on_source"] <= EQUAL_UPSTREAM and each["lost"] > LOST]
     return ClaimResult(
         claim=NAME,
         paper=CLAIMS[NAME].paper,
@@ -66,9 +66,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
                 }
                 for way in _WAYS
             },
-            "matching_tickets_that_lose_prompted": [
-                {key: pair[key] for key in ("target", "sparsity", "lost")} for pair in lost
-            ],
+            "matching_tickets_that_lose_prompted": lost,
+            "losses_prompted": _losses(pairs),
             "draws": tables,
         },
         holds=all((each.low or 0.0) > 0 for each in excess.values()) and bool(lost),
@@ -81,6 +80,7 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
             "targets_left_out": absent,
             "num_train": len(images.trained),
             "epochs": epochs,
+            "prompt_epochs": PROMPT_EPOCHS,
             "seeds": seeds,
             "equal_upstream": EQUAL_UPSTREAM,
             "lost": LOST,
@@ -88,9 +88,6 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
             "that matches the dense model on the source loses on a target when it is prompted",
         },
     )
-
-
-_WAYS = ("linear_probe", "visual_prompt")
 
 
 def _targets(images: Source, num: int) -> tuple[dict[str, tuple[Images, Images]], list[str]]:
@@ -123,17 +120,16 @@ def _table(
             classes = trained.num_classes
             probe = LinearProbe(frozen, images.shape, classes).fit(trained, epochs=60, learning_rate=0.05, seed=seed)
             prompt = VisualPrompt(frozen, images.shape, classes, border=images.shape[1] // 7)
-            prompt.fit(trained, epochs=epochs, batch_size=BATCH, learning_rate=0.1, seed=seed)
+            prompt.fit(trained, epochs=PROMPT_EPOCHS, batch_size=64, learning_rate=0.1, seed=seed)
             row[name] = {"linear_probe": scores(probe, tested), "visual_prompt": scores(prompt, tested)}
         rows.append(row)
 
     iterative_magnitude(
-        net(images, seed=seed, width=16),
+        net(images, seed=seed),
         trainer(images, epochs=epochs, seed=seed),
         sparsity=SPARSITIES[rounds - 1],
         rate=0.5,
         rewind_step=an_epoch(images) // 2,
-        sites=SITES,
         on_round=transfer,
     )
     return rows
@@ -150,12 +146,25 @@ def _pairs(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "dense_error": dense[name][way]["calibration_error"],
             "ticket_error": row[name][way]["calibration_error"],
             "lost": dense[name][way]["accuracy"] - row[name][way]["accuracy"],
-            "matches_upstream": row["source"]["accuracy"] >= dense["source"]["accuracy"] - EQUAL_UPSTREAM,
+            "lost_on_source": dense["source"]["accuracy"] - row["source"]["accuracy"],
         }
         for row in tickets
         for name in table[0]
         if name not in ("sparsity", "source")
         for way in _WAYS
+    ]
+
+
+def _losses(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy that prompted tickets lose to the dense model, mean over the draws, by target and sparsity."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for pair in pairs:
+        if pair["way"] == "visual_prompt":
+            groups.setdefault((pair["target"], pair["sparsity"]), []).append(pair)
+    return [
+        {"target": target, "sparsity": sparsity}
+        | {key: _mean([pair[key] for pair in group]) for key in ("lost", "lost_on_source")}
+        for (target, sparsity), group in groups.items()
     ]
 
 
