@@ -1,8 +1,8 @@
 """Structure removed from models: heads, neurons, experts and layers of language models, channels of ConvNets."""
 
 from .layouts import find_units
-from .shrink import Shrunk, shrink
+from .shrinking import Shrunk, shrink
 from .units import Units
-from .zero import Zeroed, trim, zero
+from .zeroing import Zeroed, trim, zero
 
 __all__ = ["Shrunk", "Units", "Zeroed", "find_units", "shrink", "trim", "zero"]

@@ -15,9 +15,9 @@ from .influence import gather
 from .layouts import find_units
 from .options import OPTIONS, RecoveryOptions
 from .recover import recover
-from .shrink import Shrunk, shrink
+from .shrinking import Shrunk, shrink
 from .sizes import need_config
-from .zero import Zeroed, zero
+from .zeroing import Zeroed, zero
 
 _CHOOSE: dict[str, Callable[..., Choice]] = {
     "cfsp": choose_cfsp,

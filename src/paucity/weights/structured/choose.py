@@ -19,7 +19,7 @@ from .influence import Statistics, gather
 from .layouts import find_units
 from .options import CfspOptions, HeadsOptions, LayersOptions, NeuronsOptions
 from .scores import output_sites, unit_scores
-from .shrink import whole_rows
+from .shrinking import whole_rows
 from .units import Units
 
 

@@ -172,8 +172,9 @@ def _neurons(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
         raise fail("find_units", path, "have an up projection of a known name", sorted(near))
     slots += _slots(model, down, each, output=True)
     if path != block_path(down):
-        names, cut = dict(model.get_submodule(path).named_parameters()), {slot.module for slot in slots}
-        alien = [name for name in names if f"{path}.{name}".rpartition(".")[0] not in cut]
+        cut = {slot.module for slot in slots}
+        inside = [name for name, _ in model.get_submodule(path).named_parameters()]
+        alien = [name for name in inside if f"{path}.{name}".rpartition(".")[0] not in cut]
         if alien:
             raise fail("find_units", path, "hold nothing but projections of known names", ", ".join(alien))
     shared = "shared_expert" in path.rsplit(".", 1)[-1]

@@ -9,7 +9,7 @@ from ...checks import InputError, fail
 from ...ops.formats import Masks
 from .blocks import check_layers, check_passes_through, layer_masks
 from .layouts import find_units
-from .shrink import Kept, Shrunk, check_kept, shrink, whole_rows
+from .shrinking import Kept, Shrunk, check_kept, shrink, whole_rows
 from .units import Units, kept_entries, masks_of
 
 
