@@ -15,7 +15,7 @@ from paucity.weights.apply import apply_step, options_for
 
 pytest.importorskip("sklearn")
 DIGITS = {"name": "digits", "train_limit": 256, "test_limit": 80, "batch_sizes": [1, 4], "repeats": 2}
-TRAINING = {"arguments": {"width": 4, "depth": 3}, "epochs": 2, "batch_size": 32, "finetune_epochs": 1}
+TRAINING = {"arguments": {"width": 4, "depth": 3}, "epochs": 2, "batch_size": 32, "finetune_epochs": 1, "min_steps": 0}
 GRADUAL = {"method": "gradual", "sparsity": 0.8, "epochs": 1}
 
 
@@ -126,8 +126,17 @@ def test_a_recipe_names_what_is_wrong_in_it():
         recipe(images={"name": "imagenet"})
     with pytest.raises(InputError, match=r"training\.epoch must be one of .*did you mean 'epochs'"):
         recipe(training={"epoch": 3})
+    with pytest.raises(InputError, match="text must be left out of a recipe about images"):
+        recipe().using(text="book.txt")
     with pytest.raises(InputError, match="steps must not train a language model, got gradual"):
         apply_step(None, "gradual", options_for("gradual")(), [])
+
+
+def test_a_small_set_is_passed_over_more_often(tmp_path):
+    few = run(recipe(), tmp_path / "few")
+    more = run(recipe(training=TRAINING | {"min_steps": 80}), tmp_path / "more")
+    assert more.dense.images.accuracy > few.dense.images.accuracy + 0.2
+    assert more.sparse.images.accuracy > few.sparse.images.accuracy
 
 
 def test_shipped_recipe():

@@ -4,6 +4,7 @@ Both trained models are kept in ``OUT.partial``, so that a run that was killed d
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +39,7 @@ from .report import (
     image_verdict,
     render,
 )
-from .training import train
+from .training import num_steps, train
 from .weights.gradual import Gradual, train_sparse
 
 
@@ -161,11 +162,15 @@ def _trained(folder: Folder, name: str, model: nn.Module, make: Callable[[], Any
 
 
 def _train(model: nn.Module, images: Images, how: Training, seed: int, tell: Progress) -> float:
-    tell(f"training the dense model, {how.epochs} epochs of {len(images):,} images")
+    epochs = _epochs(how, how.epochs, images)
+    tell(f"training the dense model, {epochs} epochs of {len(images):,} images")
     rate, size = how.learning_rate, how.batch_size
-    return train(
-        model, images, epochs=how.epochs, batch_size=size, learning_rate=rate, shift=how.shift, seed=seed
-    ).seconds
+    return train(model, images, epochs=epochs, batch_size=size, learning_rate=rate, shift=how.shift, seed=seed).seconds
+
+
+def _epochs(how: Training, asked: int, images: Images) -> int:
+    """As many as asked for, or more where they are fewer than ``min_steps`` steps."""
+    return max(asked, math.ceil(how.min_steps / num_steps(len(images), 1, how.batch_size)))
 
 
 def _apply(
@@ -188,7 +193,7 @@ def _apply(
                 sparse.model,
                 images,
                 sparsity=given.sparsity,
-                epochs=given.epochs,
+                epochs=_epochs(how, given.epochs, images),
                 sites=given.sites,
                 allocation=given.allocation,
                 every=given.every,
@@ -216,7 +221,7 @@ def _apply(
         train(
             sparse.model,
             images,
-            epochs=how.finetune_epochs,
+            epochs=_epochs(how, how.finetune_epochs, images),
             batch_size=how.batch_size,
             learning_rate=how.finetune_learning_rate,
             shift=how.shift,

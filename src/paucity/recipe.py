@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from . import catalog
-from .checks import InputError, did_you_mean
+from .checks import InputError, did_you_mean, fail
 from .measure.kick_options import Kick
 from .measure.prompts import TASKS
 from .recipe_images import ImageData, Training
@@ -138,7 +138,13 @@ class Recipe(_Strict):
     def using(
         self, *, model: str | None = None, text: str | None = None, calibration_text: str | None = None
     ) -> "Recipe":
-        """The same recipe on another model or other texts; None keeps what the recipe says."""
+        """The same recipe on another model or other texts; None keeps what the recipe says.
+
+        Raises:
+            InputError: if a recipe about images is given a text.
+        """
+        if self.images is not None and (text or calibration_text):
+            raise fail("run", "text", "be left out of a recipe about images", text or calibration_text)
         changes: dict[str, Any] = {"model": model} if model else {}
         if text:
             changes["measure"] = self.measure.model_copy(update={"text": text})

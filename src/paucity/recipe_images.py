@@ -40,13 +40,14 @@ class Training(_Strict):
     """How the dense model is trained, and the sparse one after its steps.
 
     ``arguments`` build the model (``width``, ``depth`` ...). A model that was trained before (a folder) is not trained
-    again. After steps that only prune, the sparse model is trained for ``finetune_epochs`` with its zeros held; with
+    again. A small set is passed over more often, until ``min_steps`` steps are taken. After steps that only prune, the sparse model is trained for ``finetune_epochs`` with its zeros held; with
     ``distil`` it listens to the dense one.
     """
 
     arguments: dict[str, int] = {}
     epochs: Count = 4
     batch_size: Count = 128
+    min_steps: Annotated[int, Field(ge=0)] = 300
     learning_rate: Rate = 0.1
     finetune_epochs: Annotated[int, Field(ge=0)] = 2
     finetune_learning_rate: Rate = 0.02

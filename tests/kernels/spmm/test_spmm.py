@@ -11,7 +11,7 @@ from paucity.measure.flops import flops
 from paucity.ops.formats import PackedCSR
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-SIZES = [(1, 1, 1, 1, 1), (2, 5, 7, 3, 21), (1, 63, 33, 1, 63), (1, 3, 2, 10, 100), (3, 8, 4, 1, 64)]
+SIZES = [(1, 1, 1, 1, 1), (2, 5, 7, 3, 21), (1, 63, 33, 1, 63), (1, 3, 2, 10, 100), (3, 8, 4, 1, 64), (10, 5, 3, 3, 7)]
 
 
 @pytest.fixture(autouse=True)
