@@ -6,6 +6,7 @@ as in lm-eval's ``multiple_choice``; written answers are greedy and count when t
 its case. A judge model is not used anywhere.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def multiple_choice(
             keep = ids.shape[1] - min(row[3] for row in batch)
             logits, _ = forward(model, ids[:, :-1], keep=keep)
             wanted = ids[:, -keep:, None]
-            scores = logits.float().log_softmax(-1).gather(-1, wanted)[..., 0]
-            for row, found in zip(batch, scores, strict=True):
+            logp = logits.float().log_softmax(-1).gather(-1, wanted)[..., 0]
+            for row, found in zip(batch, logp, strict=True):
                 likelihood[row[:2]] = float(found[row[3] - ids.shape[1] :].sum())
             if on_progress is not None:
                 on_progress(len(likelihood), len(rows))
@@ -92,10 +93,11 @@ def multiple_choice(
     for number, question in enumerate(questions):
         sizes = [len(choice.encode()) if per_byte else 1 for choice in question.choices]
         ranked = [likelihood[number, choice] / size for choice, size in enumerate(sizes)]
-        given.append(question.choices[ranked.index(max(ranked))] if ranked[0] == ranked[0] else "")
-    scores_ = tuple(float(text in q.answers) for text, q in zip(given, questions, strict=True))
+        known = not any(math.isnan(value) for value in ranked)
+        given.append(question.choices[ranked.index(max(ranked))] if known else "")
+    scores = tuple(float(text in q.answers) for text, q in zip(given, questions, strict=True))
     chance = sum(sum(c in q.answers for c in q.choices) / len(q.choices) for q in questions) / len(questions)
-    return Answers(share_interval(scores_), scores_, chance, tuple(given))
+    return Answers(share_interval(scores), scores, chance, tuple(given))
 
 
 def written_answers(
