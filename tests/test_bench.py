@@ -49,6 +49,17 @@ SMALL = {
         },
     },
     "linear": {"IN": 64, "OUT": 48},
+    "llama125m": {
+        "LLAMA": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 97,
+            "tie_word_embeddings": True,
+        }
+    },
+    "packed": {"PROMPT": 8, "TOKENS": 2, "REPEATS": 1, "_compiled": lambda dense, ids: None},
     "select": {"SHAPES": {"statistical": (4, 256, 13), "topk": (4, 256, 5), "topk_long": (1, 512, 7)}},
     "codes": {"TOKENS": 8, "DICT_SIZE": 64, "DIM": 16, "K": 4},
     "spmm": {"CHANNELS": 16, "SIZE": 6},
@@ -110,6 +121,14 @@ def test_a_model_with_sparse_activations_is_timed(small):
     assert row.bench == "activations.teal50.decode"
     assert row.ratio > 0
     assert row.limit_ratio == 1  # layers so small multiply their zeros
+
+
+def test_packed_weights_are_decoded_against_the_faster_dense_model(small):
+    rows = run_bench("packed")
+    assert [row.bench for row in rows] == ["packed.nm24", "packed.bitmask60"]
+    assert {row.baseline for row in rows} == {"transformers, bfloat16, a token"}
+    assert all(row.seconds > 0 and 1 < row.limit_ratio < 2.2 for row in rows)
+    assert rows[0].limit_ratio < rows[1].limit_ratio
 
 
 def test_the_best_prefill_is_one_that_answers_and_skips(small):
