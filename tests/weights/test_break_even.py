@@ -35,10 +35,10 @@ def test_advice_names_what_gains():
         Crossover(**entry | {"batch": 4}, format="bitmask", density=0.25),
     ]
     assert advice_of(found) == [
-        "bfloat16, 1 token at a time: packed is faster with bitmask below 50% to 70%, by shape, "
-        "nm at no density measured of the weights.",
-        "bfloat16, 4 tokens at a time: packed is faster with bitmask below 25% (not for 1 shapes), "
-        "nm below all measured of the weights.",
+        "bfloat16, 1 token at a time: packed is faster below a density of 50% to 70%, by shape (bitmask), "
+        "at no density measured (nm).",
+        "bfloat16, 4 tokens at a time: packed is faster below a density of 25% (bitmask, 1 of 2 shapes), "
+        "below a density of the highest measured (nm).",
     ]
 
 
@@ -95,7 +95,7 @@ def test_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "Dense over packed time by density" in result.output
-    assert "bfloat16, 16 tokens at a time: packed is faster with" in result.output
+    assert "bfloat16, 16 tokens at a time: packed is faster " in result.output
     rows = json.loads(target.read_text())["rows"]
     assert {(row["batch"], row["density"]) for row in rows} == {(b, d) for b in (1, 16) for d in (0.25, 0.5, 0.75)}
     refused = CliRunner().invoke(cli.app, arguments)

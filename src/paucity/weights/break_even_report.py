@@ -138,11 +138,15 @@ def advice_of(crossovers: Sequence[Crossover]) -> list[str]:
             found = [e.density for e in crossovers if (e.dtype, e.batch, e.format) == (dtype, batch, kind)]
             faster = [density for density in found if density is not None]
             if not faster:
-                parts.append(f"{kind} at no density measured")
+                parts.append(f"at no density measured ({kind})")
                 continue
-            low, high = (f"{density:.0%}" if density < 1 else "all measured" for density in (min(faster), max(faster)))
-            part = f"{kind} below {low}" + (f" to {high}, by shape" if high != low else "")
-            parts.append(part + (f" (not for {len(found) - len(faster)} shapes)" if len(faster) < len(found) else ""))
+            low, high = (
+                f"{value:.0%}" if value < 1 else "the highest measured" for value in (min(faster), max(faster))
+            )
+            part = f"below a density of {low}" + (f" to {high}, by shape" if high != low else "")
+            parts.append(
+                f"{part} ({kind}{f', {len(faster)} of {len(found)} shapes' if len(faster) < len(found) else ''})"
+            )
         tokens = "1 token" if batch == 1 else f"{batch} tokens"
-        sentences.append(f"{dtype}, {tokens} at a time: packed is faster with {', '.join(parts)} of the weights.")
+        sentences.append(f"{dtype}, {tokens} at a time: packed is faster {', '.join(parts)}.")
     return sentences
