@@ -41,6 +41,11 @@ CLAIMS: dict[str, Claim] = {
         "2408.07092",
         "A sixteenth of the channels of each head finds a sixteenth of the tokens that keeps a model's quality.",
     ),
+    "dsnot-recovers-at-70": Claim(
+        "dsnot_recovers_at_70",
+        "2310.08915",
+        "At 70 % DSnoT makes a mask of Wanda's better by swapping weights in and out, without changing any.",
+    ),
     "dual-chunk-extrapolates": Claim(
         "dual_chunk_extrapolates",
         "2402.17463",
@@ -60,6 +65,12 @@ CLAIMS: dict[str, Claim] = {
         "gqsa_beats_2_4",
         "2412.17560",
         "Groups of 16 in 4 bits, half of them pruned, keep a model better than 2:4 and W2 do, and decode faster.",
+    ),
+    "group-channel-pruning": Claim(
+        "group_channel_pruning",
+        "2306.01526",
+        "With a threshold for each group of layers, two thirds of a detector's parameters go at little loss of "
+        "precision, and at less than with one threshold for all.",
     ),
     "hip-beats-window": Claim(
         "hip_beats_window",
@@ -134,6 +145,11 @@ CLAIMS: dict[str, Claim] = {
         "2504.17768",
         "No sparse attention method is best across tasks and phases.",
     ),
+    "owl-at-70": Claim(
+        "owl_at_70",
+        "2310.05175",
+        "At 70 % layer ratios by the share of outliers (OWL) keep a language model better than uniform ones do.",
+    ),
     "power-receptive-field": Claim(
         "power_receptive_field",
         "2503.03588",
@@ -175,6 +191,11 @@ CLAIMS: dict[str, Claim] = {
         "1911.09723",
         "A wide ConvNet with sparse 1x1 convolutions classifies better than a narrow dense one of equal FLOPs, and of "
         "equal measured time.",
+    ),
+    "sparsegpt-at-2-4": Claim(
+        "sparsegpt_at_2_4",
+        "2301.00774",
+        "At 2:4 SparseGPT keeps a language model better than Wanda and magnitude do, and 2:4 costs more than 50 %.",
     ),
     "threads-harder-than-needles": Claim(
         "threads_harder_than_needles",

@@ -105,13 +105,7 @@ def group_channel_prune(
     def measured(pruned: nn.Module) -> float:
         return float(task(pruned, few.pixels, few.labels))
 
-    # Removing a fraction s of all channels leaves about (1 - s)^2 of the parameters; then all fractions rise together.
-    found = group_sparsities(teacher, groups, division, sparsity=1 - parameters**0.5, loss=measured)
-
-    def choose(amount: float) -> dict[str, Tensor]:
-        more = {label: 1 - (1 - fraction) ** (amount / (1 - amount)) for label, fraction in found.items()}
-        return group_thresholds(teacher, groups, division, more)
-
+    choose = by_measured_loss(teacher, groups, division, parameters=parameters, loss=measured)
     kept = at_parameters(teacher, groups, choose, parameters=parameters)
     student = shrink_channels(teacher, groups, kept)
     layers = dict.fromkeys(last_norms(teacher, groups, division), beta)
@@ -239,6 +233,27 @@ def group_sparsities(
                 model.get_parameter(name).copy_(value)
 
     return budget.greedy(shapes, sparsity=sparsity, loss=measured, step=step, ceiling=max(0.97, sparsity))
+
+
+def by_measured_loss(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    division: Division,
+    *,
+    parameters: float,
+    loss: Callable[[nn.Module], float],
+) -> Callable[[float], dict[str, Tensor]]:
+    """Choices for `at_parameters`: the fractions of `group_sparsities`, which rise together with the amount.
+
+    Removing a fraction s of all channels leaves about ``(1 - s)^2`` of the parameters: they are searched there.
+    """
+    found = group_sparsities(model, groups, division, sparsity=1 - parameters**0.5, loss=loss)
+
+    def choose(amount: float) -> dict[str, Tensor]:
+        more = {label: 1 - (1 - fraction) ** (amount / (1 - amount)) for label, fraction in found.items()}
+        return group_thresholds(model, groups, division, more)
+
+    return choose
 
 
 def at_parameters(
