@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -186,3 +187,34 @@ def test_bad_input_leaves_the_model_as_it_was(tiny_model):
     model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(32, 48))
     with pytest.raises(InputError, match=r"nothing but projections of known names, got up_proj\.0\.weight"):
         find_units(model, "neurons")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "refusal"),
+    [
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "neurons", None),  # always four times the hidden size
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "heads", "be fused as in GPT-2, GPT-NeoX or Phi-3"),
+        ("Olmo2Config", {}, "heads", "hold nothing that spans all heads, got q_norm.weight"),
+        ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}, "heads", "spans all heads, got sinks"),
+        ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}, "expert_neurons", "must stack gates before ups"),
+    ],
+)
+def test_architectures_beyond_the_table_are_filled_up_or_refused(name, options, kind, refusal, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {} if name.startswith("Bloom") else sizes | {"num_key_value_heads": 2}
+    config = getattr(transformers, name)(
+        vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **common | options
+    )
+    if name.startswith("Bloom"):
+        config.hidden_size = 32
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 64, (2, 18))
+    if refusal:
+        with pytest.raises(InputError, match=refusal):
+            find_units(model, kind)
+        return
+    kept = choice(model, kind)
+    zeroed = zero(model, kept)
+    expected = logits(model, ids)
+    zeroed.remove()
+    assert shrink(model, kept).padded
+    same_everywhere(model, expected, ids, tmp_path)

@@ -211,9 +211,10 @@ def _experts(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
         Slot(down.module, "down_proj", 0, each, output=True),
         Slot(router.module, "weight", 0, each),
     )
-    extra = [name for name, _ in model.get_submodule(router.module).named_parameters() if name != "weight"]
+    owner = model.get_submodule(router.module)
+    extra = [name for name, _ in (*owner.named_parameters(), *owner.named_buffers()) if name != "weight"]
     if extra:
-        raise fail("find_units", router.module, "route by one matrix to be cut", ", ".join(extra))
+        raise fail("find_units", router.module, "route by one matrix to be cut", f"also {', '.join(extra)}")
     counts = _counts(model, down.module, {"num_experts": "experts"})
     for path in (router.module, router.module.rpartition(".")[0]):
         for what, pairs in _counts(model, path, {"num_experts": "experts"}).items():

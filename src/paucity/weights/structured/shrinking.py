@@ -19,7 +19,18 @@ from ...checks import check_bool, check_shape, fail
 from ...models.text_config import text_config
 from .blocks import check_layers, cut_layers
 from .layouts import find_units
-from .sizes import agrees, apply_values, expressible_heads, full_size, need_config, place_in, shapes, slot_size
+from .sizes import (
+    agrees,
+    apply_values,
+    expressible_heads,
+    full_size,
+    need_config,
+    padded_shapes,
+    place_in,
+    says,
+    shapes,
+    slot_size,
+)
 from .surgery import Surgery
 from .units import Sizes, Units, kept_entries, masks_of
 
@@ -124,13 +135,15 @@ def _targets(model: PreTrainedModel, kept: Kept) -> tuple[dict[str, Sizes], dict
         masks = {units.module: mask for units, mask in kept if units.kind == kind}
         if not masks:
             continue
-        largest: dict[str, int] = {}
-        for units in find_units(model, kind):
+        every, largest = find_units(model, kind), dict[str, int]()
+        for units in every:
             mask = masks.get(units.module)
             count = units.sizes[-1] if mask is None else int(mask.sum(-1).max())
             largest[units.config] = max(count, largest.get(units.config, 0))
-        for units in find_units(model, kind):
-            targets.setdefault(units.module, (*units.sizes[:-1], largest[units.config]))
+        sizes = [(*units.sizes[:-1], largest[units.config]) for units in every]
+        if kind != "experts" and not says(model, largest, padded_shapes(model, every, sizes)):
+            largest, sizes = {}, [units.sizes for units in every]
+        targets |= {units.module: size for units, size in zip(every, sizes, strict=True)}
         values |= largest
     if any(units.kind == "experts" for units, _ in kept):
         _check_experts(model, kept)

@@ -46,6 +46,12 @@ def skeleton(model: PreTrainedModel, values: Mapping[str, object]) -> PreTrained
     return built
 
 
+def says(model: PreTrainedModel, values: Mapping[str, object], wanted: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the configuration changed by ``values`` makes a model of exactly the parameters ``wanted``."""
+    built = skeleton(model, values)
+    return built is not None and shapes(built) == dict(wanted)
+
+
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -110,8 +116,7 @@ def expressible_heads(model: PreTrainedModel, found: Sequence[Units], kept: Size
             values["num_key_value_heads"] = g
         elif r != each:
             continue
-        built = skeleton(model, values)
-        if built is not None and shapes(built) == padded_shapes(model, found, [(g, r)] * len(found)):
+        if says(model, values, padded_shapes(model, found, [(g, r)] * len(found))):
             return (g, r), values
     return (groups, each), {}
 
