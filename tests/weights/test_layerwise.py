@@ -174,12 +174,12 @@ def test_a_model_already_sparse_keeps_its_zeros_and_says_so(tiny_model):
     assert any("60% of it was zero before" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("allocation", ["erk", "owl", "greedy"])
+@pytest.mark.parametrize("allocation", ["erk", "owl", "cfsp", "greedy"])
 def test_allocations_of_sparsegpt(tiny_model, allocation):
     masks = prune(tiny_model("llama"), "sparsegpt", sparsity=0.5, allocation=allocation, calibration=tokens(4, 40))
     report = masks.sparsity()
     assert report.achieved == pytest.approx(0.5, abs=0.02)
-    assert max(report.layers.values()) - min(report.layers.values()) > 0.02
+    assert max(report.layers.values()) - min(report.layers.values()) > (0.005 if allocation == "cfsp" else 0.02)
 
 
 def test_bad_calibration_is_refused_before_any_work(tiny_model):

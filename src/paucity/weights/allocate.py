@@ -9,10 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import fail
 from ..models.blocks import block_calls, sites_by_block
 from ..models.sites import Site, weight_view
 from ..ops import budget
+from ..ops.budget_blocks import by_importance
+from .matrices import from_matrices
 from .pruner import Pruner
+from .structured.cfsp import coarse_importance
+from .structured.influence import gather
 
 Scores = Callable[[Sequence[Site]], Mapping[str, Tensor]]
 """Scores ``[matrices, rows, cols]`` of some sites of the dense model."""
@@ -43,6 +48,12 @@ def allocate(
             found = torch.cat([score.flatten() for score in scores(group).values()])
             ratios |= dict.fromkeys((site.name for site in group), budget.outlier_ratio(found))
         return budget.owl(shapes, sparsity=target, outlier_ratio=ratios)
+    if pruner.allocation == "cfsp":
+        if outside := next((site.name for site in sites if site.layer is None), None):
+            raise fail("prune", "allocation", "be another one for sites outside the blocks", f"cfsp for {outside}")
+        angular = coarse_importance(gather(model, sites[:1], batches).angular)
+        importance = {site.name: angular[site.layer] for site in sites if site.layer is not None}
+        return by_importance(shapes, sparsity=target, importance=importance)
     if pruner.allocation == "greedy":
         return _greedy(model, sites, pruner, batches, scores, shapes)
     return dict.fromkeys(shapes, target)
@@ -58,8 +69,6 @@ def _greedy(
     shapes: budget.Shapes,
 ) -> dict[str, float]:
     """`budget.greedy` within each block, by the squared error of the block's output on a few batches."""
-    from .matrices import from_matrices
-
     result: dict[str, float] = {}
     for path, group in sites_by_block(sites):
         block, found = model.get_submodule(path), scores(group)

@@ -27,7 +27,17 @@ from .layerwise import STACKED, Tell, empty_statistics, solve_site
 from .pruner import Pruner
 from .statistics import InputNorm
 
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+_COPIED = (
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+    "*.model",
+    "*.tiktoken",
+)
 
 
 class ShardsJob:
@@ -123,9 +133,8 @@ class ShardsJob:
         size = sum((self.folder / file).stat().st_size for file in set(weights.values()))
         index = {"metadata": {"total_size": size}, "weight_map": weights}
         write_whole(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for file in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
-            if file.name not in ("model.safetensors.index.json", "config.json", "paucity.json"):
-                shutil.copyfile(file, self.folder / file.name)
+        for file in sorted({path for pattern in _COPIED for path in source.glob(pattern) if path.is_file()}):
+            shutil.copyfile(file, self.folder / file.name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
         write_whole(self.folder / "config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
