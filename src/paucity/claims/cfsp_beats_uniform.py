@@ -66,7 +66,8 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     recovered: dict[str, float] = {}
     if not quick and importlib.util.find_spec("peft"):
         for ranks in ("adaptive", "uniform"):
-            recovery = {"ranks": ranks, "steps": 24, "batch_size": 4, "rank": 4, "learning_rate": 2e-3, "seed": seed}
+            recovery = {"ranks": ranks, "steps": 24, "batch_size": 4, "rank": 4, "learning_rate": 1e-3, "seed": seed}
+            recovery["text"] = "python"
             recovered[ranks] = pruned("cfsp", seed, sparsity=RECOVERED, recovery=recovery)
     return ClaimResult(
         claim=NAME,
@@ -84,7 +85,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         settings={
             "model": loaded.source,
             "sparsity of neurons": list(sparsities),
-            "recovery": {"sparsity": RECOVERED, "steps": 24, "batch": [4, 256], "mean rank": 4},
+            "recovery": {"sparsity": RECOVERED, "steps": 24, "batch": [4, 256], "mean rank": 4, "text": "python"},
             "calibration": {
                 "text": f"{NUM_DOCUMENTS} modules of python",
                 "num_samples": samples,
