@@ -13,6 +13,7 @@ from paucity.checks import InputError
 from paucity.folder import Folder
 from paucity.pipeline import run
 from paucity.recipe import Recipe
+from paucity.report import Report
 
 MEASURED = ("bits_per_byte", "passkey_accuracy", "prefill_ms", "decode_ms_per_token", "peak_memory_mb", "flops")
 SMALL = {
@@ -194,3 +195,31 @@ def test_a_real_pretrained_llama_on_stories(stories260k, tmp_path):
     assert report.dense.perplexity < 6
     assert report.dense.bits_per_byte < report.sparse.bits_per_byte < 1.2 * report.dense.bits_per_byte
     assert Path(tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_a_run_killed_while_it_prunes_goes_on_at_the_site_where_it_was(tmp_path):
+    solved = []
+
+    def kill(line):
+        solved.append(line)
+        if line.startswith("wanda: 20 of 35"):
+            raise KeyboardInterrupt
+
+    steps = [{"method": "wanda", "sparsity": 0.3}]
+    recipe = Recipe.build(steps=steps, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", on_progress=kill)
+    assert len(list((tmp_path / "out.partial").rglob("*.weight.safetensors"))) == 20
+    solved.clear()
+    run(recipe, tmp_path / "out", resume=True, on_progress=solved.append)
+    assert solved[2].startswith("wanda: 20 of 35 weights, about")
+    whole = run(recipe, tmp_path / "whole")
+    assert whole.sparse.bits_per_byte == Report.read(tmp_path / "out" / "report.json").sparse.bits_per_byte
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_step_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    recipe = Recipe.build(steps=[{"method": "magnitude", "n": 2, "m": 5}], **SMALL)
+    with pytest.raises(InputError, match="m must divide"):
+        run(recipe, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

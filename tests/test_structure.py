@@ -31,6 +31,7 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "cli_packed": 8,
     "kinetics": 5,
     "cli_study": 8,
+    "cli_weights": 8,
     "cli": 9,
     "__main__": 10,
 }

@@ -59,6 +59,10 @@ class Folder:
         self.partial.mkdir(parents=True, exist_ok=True)
         write_whole(self.partial / PLAN, plan.model_dump_json())
 
+    def discard(self) -> None:
+        """Drop what was begun."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of ``make()``, computed once and read back after a resume."""
         if not self.has(name):

@@ -2,7 +2,8 @@
 
 Work goes on in ``OUT.partial``, where every finished measurement is kept as JSON, so that a run that was killed
 resumes; only a complete result takes the place of ``OUT``. The steps are applied before anything is measured, so that
-whatever does not fit the model is refused at once; they draw from seeds alone, so a resumed run applies the same again.
+whatever does not fit the model is refused at once; they draw from seeds alone, so a resumed run applies the same again,
+and a long one goes on behind what it had finished.
 """
 
 import copy
@@ -13,13 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from . import catalog
+from .checks import InputError
 from .compare import Progress, compare, fit
 from .folder import Folder, write_whole
 from .measure.data import read_text
 from .measure.kick import compare_abilities
 from .measure.kick_jobs import prepare
 from .measure.tokens import context_length
-from .models.applied import Combined
+from .models.applied import Combined, Work, working
 from .models.calibration import calibration_batches
 from .models.facts import model_facts
 from .models.load import Loaded, load
@@ -59,8 +61,13 @@ def run(
     jobs = [] if kick is None else prepare(kick, dense.model, tokenizer, text, recipe.seed)
     sparse = replace(dense, model=copy.deepcopy(dense.model), notes=[])
     calibration = _calibration(recipe, dense, calibration_text)
-    applied, records = _apply(recipe, sparse, calibration, tell)
     folder.open(recipe, resume=resume)
+    try:
+        applied, records = _apply(recipe, sparse, calibration, folder.partial / "stages", tell)
+    except InputError:
+        if not resume:
+            folder.discard()
+        raise
     before, after, facts = compare(plan, dense, sparse, applied, text, folder.once, tell)
     found = []
     if kick is not None:
@@ -109,7 +116,7 @@ def _calibration(recipe: Recipe, loaded: Loaded, text: str) -> list[Tensor]:
 
 
 def _apply(
-    recipe: Recipe, sparse: Loaded, calibration: list[Tensor], on_progress: Progress
+    recipe: Recipe, sparse: Loaded, calibration: list[Tensor], keep: Path, on_progress: Progress
 ) -> tuple[Combined, list[StepRecord]]:
     """The steps in their order, in force on ``sparse``, and a record of each."""
     applied, records = [], []
@@ -118,7 +125,8 @@ def _apply(
         method = catalog.get(step.method)
         _, apply_step = method.installer()
         started = time.monotonic()
-        applied.append(apply_step(sparse, step.method, step.options, calibration))
+        with working(Work(keep / f"step-{number}", on_progress)):
+            applied.append(apply_step(sparse, step.method, step.options, calibration))
         records.append(
             StepRecord(
                 method=step.method,

@@ -1,7 +1,10 @@
 """What every family hands back for a step that it has applied to a model."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -60,3 +63,36 @@ class Combined:
     def state(self) -> dict[str, Any]:
         """``{"steps": [state of each step]}``."""
         return {"steps": [step.state() for step in self.steps]}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job lends the step that is being applied.
+
+    Attributes:
+        folder: where a long step may keep what it has finished, so that the same job goes on there after a kill; None
+            where nothing is kept.
+        tell: called with a line about what is being done.
+    """
+
+    folder: Path | None = None
+    tell: Callable[[str], object] = str  # a line that nobody reads
+
+
+_NO_WORK = Work()
+_work: ContextVar[Work] = ContextVar("_work", default=_NO_WORK)
+
+
+@contextmanager
+def working(work: Work) -> Iterator[None]:
+    """Lend ``work`` to the steps that are applied within."""
+    token = _work.set(work)
+    try:
+        yield
+    finally:
+        _work.reset(token)
+
+
+def current_work() -> Work:
+    """What is lent to the step that is being applied; nothing outside a job."""
+    return _work.get()

@@ -1,5 +1,6 @@
 """One call that prunes the weights of any model: `prune`, and the same as a step of a recipe."""
 
+import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import InputTypeError, check_choice, fail
 from ..measure.tokens import evaluating
+from ..models.applied import current_work
 from ..models.calibration import as_batches
 from ..models.load import Loaded
 from ..models.packed import packed_linears
@@ -87,7 +89,13 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
     """
     given = options_for(method).model_validate(options.model_dump())
     assert isinstance(given, Pruner)
-    return _prune(loaded, method, given, calibration, None, None)
+    work, started = current_work(), time.monotonic()
+
+    def tell(done: int, total: int, site: str) -> None:
+        left = f", about {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
+        work.tell(f"{method}: {done} of {total} weights{left}")
+
+    return _prune(loaded, method, given, calibration, work.folder, tell)
 
 
 def prune(
