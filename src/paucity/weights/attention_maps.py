@@ -43,7 +43,7 @@ def attention_loss(student: nn.Module, teacher: nn.Module, layers: Mapping[str, 
     maps: dict[tuple[str, bool], Tensor] = {}
 
     def note(key: tuple[str, bool], module: Any, args: Any, out: Any) -> None:
-        maps[key] = attention_map(out)
+        maps[key] = attention_map(out.clone())  # what comes next may write in place
 
     handles = []
     for path in layers:

@@ -18,7 +18,7 @@ boxes and classes beside the maps (give `attention_loss` a loss that does).
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -216,6 +216,7 @@ def group_sparsities(
         for label, names in division.items()
     }
     dense = {name: value.detach().clone() for name, value in model.named_parameters() if value.ndim == 1}
+    thin = [replace(group, members=tuple(m for m in group.members if m.name in dense)) for group in groups]
 
     @torch.no_grad()
     def measured(trial: dict[str, float]) -> float:
@@ -223,9 +224,7 @@ def group_sparsities(
         kept = group_thresholds(model, groups, division, sparsities)
         try:
             if any(not bool(mask.all()) for mask in kept.values()):
-                for name, mask in channel_masks(model, groups, kept).items():
-                    if name in dense:
-                        model.get_parameter(name).masked_fill_(~mask, 0)
+                channel_masks(model, thin, kept).apply_(model)
             with evaluating(model):
                 return float(loss(model))
         finally:
