@@ -3,9 +3,10 @@
 Paper: Zhang et al. 2023, https://arxiv.org/abs/2310.08915, Section 3 and Algorithm 1. For each output row the expected
 error is the sum of ``w E[x]`` over what is pruned. As long as it exceeds a threshold, the pruned weight with the
 largest error-reducing ``w E[x] / Var[x]`` comes back and the kept weight with the lowest Wanda score among those with
-an error-reducing sign goes; under N:M the one that goes is the lowest of the same group. As in the authors' code,
-``E[x]`` is the sum over a calibration sequence, averaged over the sequences, and the sign of the error may turn over
-(under N:M it may not). Their code leaves the MLPs alone by default; here all sites take part.
+an error-reducing sign goes; under N:M the one that goes is the lowest of the same group. As in the authors' code the
+sign of the error may turn over (under N:M it may not). Their code leaves the MLPs alone by default; here all sites take
+part. It also sums ``x`` over the tokens of a sequence, so that the threshold is next to nothing and rows swap until
+they run out of cycles, which harms layers that are narrower than theirs; here ``E[x]`` is the mean over tokens.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -28,7 +29,6 @@ class DSnoT(Pruner):
     """Options of ``dsnot``."""
 
     gathers: ClassVar[type[InputNorm] | None] = InputMoments
-    stacks: ClassVar[bool] = False
     scope: Scope = "row"
     initial: Literal["wanda", "magnitude"] = Field(default="wanda", description="the score of the mask to start from")
     max_cycles: Annotated[int, Field(ge=0, description="swaps of a row at most")] = 50
@@ -52,11 +52,10 @@ class DSnoT(Pruner):
         inputs = layer.inputs
         assert isinstance(inputs, InputMoments)
         mask = self.select(self.score(layer), sparsity)
-        mean = inputs.mean * (inputs.num_tokens / max(1, inputs.num_batches))
         return dsnot_mask(
             layer.weight,
             mask,
-            mean,
+            inputs.mean,
             inputs.variance,
             inputs.norm,
             max_cycles=self.max_cycles,

@@ -121,7 +121,7 @@ def _calibrated(
     if pruner.gathers is None:
         return ((site, None) for site in sites)
     make = partial(empty_statistics, model, pruner.gathers)
-    batches = stacked(batches, most=STACKED) if pruner.stacks else batches
+    batches = stacked(batches, most=STACKED)
     return ((site, inputs) for site, inputs in visits(model, sites, batches, make) if isinstance(site, Site))
 
 

@@ -42,8 +42,6 @@ class Pruner(BaseModel, ABC):
     gathers: ClassVar[type[InputNorm] | None] = None
     """The statistic of the inputs that the method needs."""
     needs_gradients: ClassVar[bool] = False
-    stacks: ClassVar[bool] = True
-    """Whether it is all the same to the statistic how many texts come at a time."""
     updates: ClassVar[bool] = False
     """Whether weights that stay change."""
 

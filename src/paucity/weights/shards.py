@@ -91,7 +91,7 @@ class ShardsJob:
                 self.leave(path)
             return
         make = partial(empty_statistics, self.model, self.pruner.gathers)
-        batches = stacked(ids, most=STACKED) if self.pruner.stacks else ids
+        batches = stacked(ids, most=STACKED)
         for place, inputs in visits(self.model, left, batches, make, doors=list(self.blocks)):
             if isinstance(place, Site):
                 self.solve(place, inputs)

@@ -58,7 +58,6 @@ class InputMoments(InputNorm):
     """Norm, mean and variance of every input feature, for DSnoT (https://arxiv.org/abs/2310.08915, Eq. 4)."""
 
     total: Tensor = field(init=False)
-    num_batches: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +67,6 @@ class InputMoments(InputNorm):
         """Sums as those of the squares."""
         super().add(inputs)
         self.total += inputs.sum(0, dtype=torch.float32).double().cpu()
-        self.num_batches += 1
 
     @property
     def mean(self) -> Tensor:
