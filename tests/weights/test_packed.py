@@ -5,18 +5,21 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from paucity.checks import InputError
 from paucity.kernels.linear import PackedLinear
 from paucity.models.load import Loaded
 from paucity.models.packed import packed_linears
+from paucity.models.save import save
 from paucity.models.sites import find_sites, weight_view
 from paucity.ops.formats import PackedBitmask, PackedBlocks, PackedGroups, PackedNM
 from paucity.ops.formats.smallest import nm_pattern, smallest
 from paucity.ops.select import nm_mask, topk_mask
-from paucity.weights import Packing, pack, unpack
+from paucity.weights import Packing, pack, prune, unpack
 from paucity.weights.apply import apply_step, options_for
+from paucity.weights.structured import find_units, shrink
 
 IDS = torch.tensor([[5, 9, 3, 40, 22, 7, 1, 60, 33, 2, 11]])
 
@@ -209,3 +212,18 @@ def test_the_step_measures_and_goes(tiny_model):
     assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
     pruned.remove()
     assert torch.equal(logits(model), logits(before))
+
+
+def test_shrunk_layers_that_are_saved_larger_stay_dense(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    neurons = find_units(model, "neurons")
+    kept = [(units, torch.arange(48) < size) for units, size in zip(neurons, (48, 32), strict=True)]
+    shrink(model, kept)
+    prune(model, "magnitude", n=2, m=4)
+    packing = pack(model)
+    assert any("saved in another shape" in reason for reason in packing.left.values())
+    loaded = Loaded(model, None, "test")
+    save(loaded, tmp_path / "dense")
+    ids = torch.randint(0, 64, (1, 9))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)

@@ -250,6 +250,8 @@ def _candidates(model: nn.Module, sites: Collection[str] | None) -> list[tuple[s
             found.append((site.module, site.name, "its weight is tied"))
         elif not site.module or "forward" in vars(owner):
             found.append((site.module, site.name, "its forward is not its own" if site.module else "it is the model"))
+        elif owner._state_dict_hooks:  # a shrunk layer whose saved form is larger: packing would lose the hook
+            found.append((site.module, site.name, "it is saved in another shape than it has"))
         elif not model.get_parameter(site.name).numel() or model.get_parameter(site.name).element_size() < 2:
             found.append((site.module, site.name, "it is empty, or of a dtype that only stores"))
         else:
