@@ -1,14 +1,12 @@
 """``paucity study attention``: methods × tasks × budgets × phases × lengths, with a page of the frontiers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .cli_output import Json, err, out, print_json
+from .cli_output import Json, bar, out, print_json
 
 app = typer.Typer(help="Compare many methods on many tasks.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -66,7 +64,7 @@ def attention(
     }
     chosen = Study.load(plan).changed(**fields) if plan else default_study(quick=quick, **fields)
     target = out_dir or Path("runs") / (plan.stem if plan else "study")
-    with _bar() as tell:
+    with bar() as tell:
         result = run(chosen, target, force=force, resume=resume, workers=workers, ray=ray, on_progress=tell)
     if as_json:
         return print_json(result.model_dump(mode="json"))
@@ -96,34 +94,6 @@ def _table(result: Any, phase: Any) -> Table:
         cells = ("–" if r is None else f"{100 * r.value:.0f} %" if r.is_accuracy else f"{r.value:.3f}" for r in figures)
         table.add_row(method, f"{100 * shown.density:.1f} %", *cells)
     return table
-
-
-@contextmanager
-def _bar() -> Iterator[Any]:
-    """A progress bar on stderr: cells done, and what is being measured."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("loading the model", total=None)
-
-        def tell(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
-
-        yield tell
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -1,17 +1,14 @@
 """``paucity prune``: a pruned model from a model, block by block."""
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from .cli_output import Json, err, out, print_json
+from .cli_output import Json, bar, out, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .weights.pruner import Pruner
 
 
@@ -56,7 +53,7 @@ def prune(
         options["seed"] = seed
     pruner = _pruner(PRUNERS[method], options)
     calibration = _calibration(model, calibration_text, num_samples, length, seed) if is_calibrated(pruner) else []
-    with _bar() as tell:
+    with bar() as tell:
         record = prune_folder(
             model, target, pruner, calibration=calibration, force=force, resume=resume, on_progress=tell
         )
@@ -98,31 +95,3 @@ def _calibration(model: str, text: str, num_samples: int, length: int, seed: int
 
 def _range(layers: Any) -> str:
     return f"{min(layers):.1%} to {max(layers):.1%}"
-
-
-@contextmanager
-def _bar() -> "Iterator[Any]":
-    """A bar on stderr with the time that is left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def tell(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
-
-        yield tell
