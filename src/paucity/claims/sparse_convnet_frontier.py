@@ -41,7 +41,7 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
     started = time.monotonic()
     wide = width or (32 if quick else 48)
     seeds = list(range(seed, seed + (1 if quick else 3)))
-    training, test = _images(2500 if quick else 7000, 4000 if quick else 10000)
+    training, test = _images(2500 if quick else 5000, 4000 if quick else 10000)
     epochs = 2 if quick else 4
     shape = {"in_channels": training.pixels.shape[1], "image_size": training.pixels.shape[-1]}
     x = test.pixels[:TIMED]
