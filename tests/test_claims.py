@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from paucity.catalog import METHODS
-from paucity.claims import CLAIMS
+from paucity.claims import CLAIMS, pruned
 from paucity.claims.base import ClaimResult
 from paucity.models.load import Loaded, byte_tokenizer
 
@@ -33,7 +33,8 @@ def test_a_claim_on_a_random_model_says_what_it_measured(tiny_model, name, monke
     module = load_claim(name)
     model = tiny_model("llama", vocab_size=300)
     model.config.max_position_embeddings = 2048
-    monkeypatch.setattr(module, "held_out_python", lambda: "def f(x):\n    return x\n" * 120)
+    home = module if hasattr(module, "held_out_python") else pruned
+    monkeypatch.setattr(home, "held_out_python", lambda: "def f(x):\n    return x\n" * 120)
     result = module.run(quick=True, seed=0, loaded=Loaded(model, byte_tokenizer(300), "tiny"))
     assert isinstance(result, ClaimResult)
     assert [field.name for field in dataclasses.fields(result)] == [

@@ -12,7 +12,17 @@ from paucity.catalog import families
 
 PACKAGE = Path(inspect.getfile(paucity)).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEVELS = {"checks": 0, "catalog": 1, "folder": 1, "ops": 1, "kernels": 2, "measure": 3, "report": 3, "models": 4, "training": 4}
+LEVELS = {
+    "checks": 0,
+    "catalog": 1,
+    "folder": 1,
+    "ops": 1,
+    "kernels": 2,
+    "measure": 3,
+    "report": 3,
+    "models": 4,
+    "training": 4,
+}
 LEVELS |= dict.fromkeys(families(), 5) | {
     "recipe": 6,
     "recipe_images": 5,

@@ -50,7 +50,9 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"], ["prune"]) else "."
+        goes_on = (
+            "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"], ["prune"]) else "."
+        )
         err.print(f"paucity: interrupted{goes_on}", style="red", markup=False)
         sys.exit(130)
 

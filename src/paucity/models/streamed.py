@@ -1,5 +1,6 @@
 """A causal language model of which only some parts are in memory: the others are read from its files when asked for."""
 
+import ctypes
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,6 +129,13 @@ def read_tensor(path: Path, name: str) -> Tensor:
     except (SafetensorError, FileNotFoundError) as error:
         raise fail("prune", "source", f"hold {name} in {path.name}", _first_line(error)) from error
     return tensor
+
+
+def give_back() -> None:
+    """Hand memory that is free within this process back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _files(folder: Path) -> dict[str, str]:

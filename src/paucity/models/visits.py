@@ -74,17 +74,25 @@ def visits(
             stack.callback(block.register_forward_hook(lambda *_, door=leave: journey.wait(door)).remove)
         runs = [greenlet(partial(run_model, model, sites, batch.to(device))) for batch in batches]
         stack.callback(_drop, runs)
-        waiting: dict[greenlet, Site | Door | None] = {run: _step(run) for run in runs}
-        while any(place is not None for place in waiting.values()):
-            if not doors and len(journey.left) == len(sites):
-                return
+        waiting: dict[greenlet, Site | Door | None] = {}
+        moving = runs
+        while True:
+            for run in moving:
+                place = _step(run)
+                while isinstance(place, Site) and journey.is_complete(place):
+                    # It reads what a site before it read, of which nothing is missing: the others need not come up.
+                    yield place, journey.leave(place)
+                    place = _step(run)
+                waiting[run] = place
+            if all(place is None for place in waiting.values()) or (not doors and len(journey.left) == len(sites)):
+                break
             # Batches that pass a site by (experts of their own) wait further on until the others are there.
             here = min((place for place in waiting.values() if place is not None), key=order.__getitem__)
             if isinstance(here, Site):
                 yield here, journey.leave(here)
             else:
                 yield here, None
-            waiting = {run: _step(run) if place == here else place for run, place in waiting.items()}
+            moving = [run for run, place in waiting.items() if place == here]
     unused = [site.name for site in sites if site.name not in journey.left]
     if unused:
         raise InputError(f"prune: sites must be run by the model's forward, got {', '.join(unused)}, which are not.")
@@ -126,6 +134,10 @@ class _Journey(Generic[G]):
         me = getcurrent()
         if me.parent is not None:
             me.parent.switch(place)
+
+    def is_complete(self, site: Site) -> bool:
+        """Whether all that ``site`` reads was gathered at another site, which is left."""
+        return self.leader[site.name] in self.left
 
     def leave(self, site: Site) -> list[G]:
         """What was gathered for ``site``, which is left; only what the next sites may share is held on to."""

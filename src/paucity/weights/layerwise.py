@@ -27,7 +27,7 @@ from .pruner import Layer, Pruner
 from .statistics import InputNorm, gather
 from .wanda import Wanda
 
-STACKED = 2048
+STACKED = 512
 """Tokens of calibration that run at a time."""
 
 Tell = Callable[[int, int, str], None]

@@ -1,9 +1,11 @@
 """What a method that prunes layer by layer is: options, what it gathers of the inputs, and how it solves a layer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from .statistics import InputNorm
 Scope = Literal["row", "layer", "global"]
 Allocation = Literal["uniform", "erk", "owl", "cfsp", "greedy"]
 DEFAULT_SPARSITY = 0.5
+_CHUNK = 2**18
+"""Scores that are ranked at a time where rows compete alone."""
 
 
 @dataclass(eq=False)
@@ -95,6 +99,12 @@ class Pruner(BaseModel, ABC):
     def solve(self, layer: Layer, sparsity: float) -> Tensor:
         """Keep-mask ``[rows, cols]``; a method that `updates` also writes ``layer.weight``."""
         return self.select(self.score(layer), sparsity)
+
+
+def _in_chunks(select: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``select(rows)`` for a choice that each row makes alone, a few rows at a time, which fit a cache."""
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    return torch.cat([select(chunk) for chunk in torch.split(rows, step)]) if len(rows) > step else select(rows)
 
 
 def check_pattern(

@@ -20,7 +20,7 @@ from ..models.blocks import block_path
 from ..models.calibration import stacked
 from ..models.save import FOREIGN_KEYS
 from ..models.sites import Site, find_sites
-from ..models.streamed import Streamed
+from ..models.streamed import Streamed, give_back
 from ..models.visits import visits
 from ..ops import budget
 from .layerwise import STACKED, Tell, empty_statistics, solve_site
@@ -113,6 +113,7 @@ class ShardsJob:
             if block_path(site) == path:
                 self.zeros[site.name] = int((self.model.get_parameter(site.name) == 0).sum())
         self.streamed.drop(self.blocks[path])
+        give_back()
 
     def solve(self, site: Site, inputs: list[InputNorm] | None) -> None:
         """Prune one site in memory."""

@@ -33,8 +33,9 @@ class InputNorm:
 
     def add(self, inputs: Tensor) -> None:
         """Squares are summed in float32 within a batch and in float64 over batches."""
-        norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
-        self.squares += norms.double().square().cpu()
+        squares = inputs.float().square()
+        # A product with ones: reducing the first dimension takes seven times as long.
+        self.squares += (squares.new_ones(1, len(inputs)) @ squares)[0].double().cpu()
         self.num_tokens += len(inputs)
 
     @property
