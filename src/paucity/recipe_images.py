@@ -40,8 +40,8 @@ class Training(_Strict):
     """How the dense model is trained, and the sparse one after its steps.
 
     ``arguments`` build the model (``width``, ``depth`` ...). A model that was trained before (a folder) is not trained
-    again. A small set is passed over more often, until ``min_steps`` steps are taken. After steps that only prune, the sparse model is trained for ``finetune_epochs`` with its zeros held; with
-    ``distil`` it listens to the dense one.
+    again. A small set is passed over more often, until ``min_steps`` steps are taken. After steps that only prune, the
+    sparse model is trained for ``finetune_epochs`` with its zeros held; with ``distil`` it listens to the dense one.
     """
 
     arguments: dict[str, int] = {}

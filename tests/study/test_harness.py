@@ -3,8 +3,8 @@ import importlib.util
 import pytest
 
 from paucity.checks import InputError
-from paucity.study import run
 from paucity.measure.harness import evaluate
+from paucity.study import run
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 HAS_RAY = importlib.util.find_spec("ray") is not None

@@ -54,7 +54,7 @@ CLAIMS: dict[str, Claim] = {
     "essential-sparsity-knee": Claim(
         "essential_sparsity_knee",
         "2306.03805",
-        "Removing the smallest weights at once costs little up to a point and far more beyond it, unstructured and N:M.",
+        "Removing the smallest weights at once costs little up to a point and far more beyond, unstructured and N:M.",
     ),
     "gna-simulator": Claim(
         "gna_simulator",
@@ -121,8 +121,8 @@ CLAIMS: dict[str, Claim] = {
     "lottery-transfer-calibration": Claim(
         "lottery_transfer_calibration",
         "2308.14969",
-        "On other images, probed or prompted, dense models are always better calibrated than their lottery tickets, and "
-        "tickets as good on the source do worse on some of them.",
+        "On other images, probed or prompted, dense models are always better calibrated than their lottery tickets, "
+        "and tickets as good on the source do worse on some of them.",
     ),
     "lserve-constant-pages": Claim(
         "lserve_constant_pages",

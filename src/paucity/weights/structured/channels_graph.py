@@ -112,7 +112,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def tie(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Entries at the same place go together; beside an entry without a channel (0) the other one is locked."""
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
         pairs = torch.stack([one.flatten(), other.flatten()])
         pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
         lonely = (pairs == 0).any(0)

@@ -125,7 +125,8 @@ def _norms(model: nn.Module, score: str, gradients: dict[str, Tensor] | None = N
         rows = weight.movedim(member.dim, 0).flatten(1)
         if gradients is not None:
             return (rows.square() * gradients[member.name].movedim(member.dim, 0).flatten(1)).sum(1).cpu()
-        return torch.linalg.vector_norm(rows, ord=1 if score == "l1" else 2, dim=1).cpu()
+        norms: Tensor = torch.linalg.vector_norm(rows, ord=1 if score == "l1" else 2, dim=1).cpu()
+        return norms
 
     return of_member
 
