@@ -31,7 +31,7 @@ class Pruned:
         self.loaded = loaded or load("embedded")
         self.tokenizer = self.loaded.need_tokenizer(name)
         self.seeds = list(range(seed, seed + (min(2, draws) if quick else draws)))
-        self.samples, self.max_tokens = (16, 8192) if quick else (64, 32768)
+        self.samples, self.max_tokens = (16, 8192) if quick else (64, 16384)
         documents = random.Random(seed).sample(python_documents(include_tests=False), NUM_DOCUMENTS)
         self.text, self.held_out = "\n".join(documents), held_out_python()
 
