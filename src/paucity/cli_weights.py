@@ -30,6 +30,10 @@ def prune(
     allocation: Annotated[
         Literal["uniform", "erk", "owl", "cfsp", "greedy"], typer.Option(help="How layers share the sparsity.")
     ] = "uniform",
+    order: Annotated[
+        Literal["site", "block"],
+        typer.Option(help="Calibrate weight by weight, or block by block as the papers' code."),
+    ] = "site",
     sites: Annotated[
         list[str] | None, typer.Option(help="Kinds or groups of weights [linear]; may be repeated.")
     ] = None,
@@ -46,7 +50,10 @@ def prune(
     from .weights.to_folder import prune_folder
 
     given: dict[str, Any] = {"sparsity": sparsity, "n": n, "m": m, "block": block, "scope": scope}
-    options = {name: value for name, value in given.items() if value is not None} | {"allocation": allocation}
+    options = {name: value for name, value in given.items() if value is not None} | {
+        "allocation": allocation,
+        "order": order,
+    }
     if sites:
         options["sites"] = tuple(sites)
     if method == "random":

@@ -7,10 +7,11 @@ from torch import nn
 
 from paucity.checks import InputError
 from paucity.models.applied import Applied
+from paucity.models.blocks import sites_by_block
 from paucity.models.hooks import capture_inputs, input_norms
 from paucity.models.load import Loaded
 from paucity.models.sites import find_sites, weight_view
-from paucity.weights import prune, wanda_mask
+from paucity.weights import Wanda, prune, wanda_mask
 from paucity.weights.apply import apply_step, options_for
 from paucity.weights.matrices import from_matrices
 
@@ -57,6 +58,21 @@ def test_each_site_is_calibrated_behind_all_that_was_pruned_before(tiny_model, a
         same = from_matrices(reference, site, expected) == masks[site.name]
         assert same.float().mean() > 0.999, site.name  # sums in another order can break ties
         weight.masked_fill_(~expected, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_the_order_of_blocks_calibrates_a_block_while_none_of_it_is_pruned(tiny_model, kind):
+    model, reference, batches = tiny_model(kind), tiny_model(kind), [*tokens(), *tokens(1, 7)]
+    reference.load_state_dict(model.state_dict())
+    masks = prune(wrap(model), Wanda(order="block"), calibration=batches)
+    for _, group in sites_by_block(find_sites(reference, ("linear",))):
+        norms = input_norms(reference, group, batches)
+        for site in group:
+            weight, norm = weight_view(reference, site), norms[site.name]
+            expected = wanda_mask(weight, norm.where(norm.amax(-1, keepdim=True) > 0, 1), sparsity=0.5)
+            same = from_matrices(reference, site, expected) == masks[site.name]
+            assert same.float().mean() > 0.999, site.name
+            weight.masked_fill_(~expected, 0)
 
 
 def test_conv1d_rows_are_outputs(tiny_model):

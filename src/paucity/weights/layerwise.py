@@ -1,8 +1,9 @@
 """Pruning site by site in one forward over the calibration: each is calibrated behind all that was pruned before it.
 
 The official code of Wanda and SparseGPT gathers the inputs of all sites of a block before it prunes any of them, which
-takes two passes and shows a site inputs that it will not have. Scope ``global`` compares scores across sites, and the
-gradients of Taylor's belong to the whole model: both come from one pass through the dense model.
+takes two passes and shows a site inputs that it will not have; that is the order ``block``. Scope ``global`` compares
+scores across sites, and the gradients of Taylor's belong to the whole model: both come from one pass through the dense
+model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail
+from ..models.blocks import UpTo, open_chain, sites_by_block
 from ..models.calibration import stacked
 from ..models.hooks import capture_inputs, run_model
 from ..models.sites import Site, weight_view
@@ -85,10 +87,13 @@ def prune_layers(
         ranked_by = partial(_scores_at_once, model, Wanda(), batches, {}, result.notes)
         chosen = ranked_by if pruner.allocation == "owl" else dense_scores
         sparsities = kept.sparsities(lambda: allocate(model, sites, pruner, batches, chosen))
+        done = {site for site in sites if kept.has(site)}
+        if pruner.order == "block":  # a block that was pruned in part cannot be calibrated whole
+            done = {site for _, group in sites_by_block(sites) if done.issuperset(group) for site in group}
         for site in sites:
-            if kept.has(site):
+            if site in done:
                 _write(model, *kept.load(model, site), result)
-        left = [site for site in sites if not kept.has(site)]
+        left = [site for site in sites if site not in done]
         for number, (site, inputs) in enumerate(_calibrated(model, left, pruner, batches), len(sites) - len(left)):
             tell(number, len(sites), site.name)
             solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
@@ -120,9 +125,26 @@ def _calibrated(
     """Each site when it is to be pruned, with what the method gathers of its inputs."""
     if pruner.gathers is None:
         return ((site, None) for site in sites)
-    make = partial(empty_statistics, model, pruner.gathers)
     batches = stacked(batches, most=STACKED)
+    if pruner.order == "block":
+        return _block_by_block(model, sites, pruner.gathers, batches)
+    make = partial(empty_statistics, model, pruner.gathers)
     return ((site, inputs) for site, inputs in visits(model, sites, batches, make) if isinstance(site, Site))
+
+
+def _block_by_block(
+    model: nn.Module, sites: Sequence[Site], gathers: type[InputNorm], batches: Sequence[Tensor]
+) -> Iterator[tuple[Site, list[InputNorm] | None]]:
+    """Each site of a block with what it sees while none of the block is pruned."""
+    blocks = sites_by_block(sites)
+    chain = open_chain(model, [path for path, _ in blocks], batches)
+    for path, group in blocks:
+        run = partial(_run_all, UpTo(model, path), group, batches) if chain is None else partial(chain.peek, path)
+        inputs = gather(model, group, gathers, run)
+        for site in group:
+            yield site, inputs[site.name]
+        if chain is not None:
+            chain.advance(path)
 
 
 def empty_statistics(model: nn.Module, kind: type[InputNorm], site: Site, size: int) -> list[InputNorm]:

@@ -58,6 +58,10 @@ class Pruner(BaseModel, ABC):
     )
     sites: tuple[str, ...] = Field(default=("linear",), description="kinds or groups of sites")
     allocation: Allocation = Field(default="uniform", description="how the sparsity is shared among the layers")
+    order: Literal["site", "block"] = Field(
+        default="site",
+        description="calibrate each weight behind all that was pruned before it, or all of a block before any of it",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Pruner":

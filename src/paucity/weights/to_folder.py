@@ -47,7 +47,8 @@ def prune_folder(
 
     One block is in memory at a time, besides the embeddings, the statistics of a site and what the calibration holds in
     front of it, so that the model may be larger than memory. A method that looks at the whole model before it writes
-    the first block (scope ``global``, Taylor, the allocations ``owl``, ``cfsp`` and ``greedy``) loads it whole.
+    the first block (scope ``global``, Taylor, the allocations ``owl``, ``cfsp`` and ``greedy``), or twice (order
+    ``block``), loads it whole.
 
     Args:
         source: ``embedded``, a folder with safetensors, or a hub id.
@@ -69,6 +70,7 @@ def prune_folder(
     started, tell = time.monotonic(), on_progress or _silent
     batches = list(calibration) if is_calibrated(pruner) else []
     whole = pruner.scope == "global" or pruner.needs_gradients or pruner.allocation not in ("uniform", "erk")
+    whole |= pruner.order == "block"
     streamed = Streamed(model_folder(source)) if not whole else None
     loaded = load(source) if streamed is None else None
     model = loaded.model if loaded is not None else streamed.model  # type: ignore[union-attr]
