@@ -1,4 +1,5 @@
-// X^T X of inputs X [tokens, size], added to a matrix in float32; of it only what lies on and left of the diagonal.
+// X^T X of inputs X [tokens, size], added to a matrix in float32; of it only what lies on and left of the diagonal, or the
+// diagonal alone, in float64.
 #include "../pack.h"
 
 namespace {
@@ -38,6 +39,35 @@ int run(const T *x, float *gram, int64_t tokens, int64_t size, int64_t stride, i
   return 0;
 }
 
+// Threads share the columns. Squares of a few hundred rows are summed in float32, these sums in float64.
+template <class T>
+int run_squares(const T *x, double *squares, int64_t tokens, int64_t size, int64_t threads) {
+  const int64_t share = ceil_div(ceil_div(size, LANES), threads) * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < size; first += share) {
+    const int64_t count = min_of(share, size - first);
+    Scratch sums(padded(count) * sizeof(float));
+    float *sum = (float *)sums.at;
+    for (int64_t start = 0; start < tokens; start += CHUNK) {
+      memset(sum, 0, padded(count) * sizeof(float));
+      for (int64_t row = start; row < min_of(start + CHUNK, tokens); row++) {
+        const T *at = x + row * size + first;
+        int64_t c = 0;
+        for (; c + LANES <= count; c += LANES) {
+          const f32x16 v = load(at + c);
+          store(sum + c, load(sum + c) + v * v);
+        }
+        if (c < count) {
+          const f32x16 v = load_n(at + c, count - c);
+          store(sum + c, load(sum + c) + v * v);
+        }
+      }
+      for (int64_t c = 0; c < count; c++) squares[first + c] += sum[c];
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 // `stride` floats lie from one row of `gram` to the next: at least `size`, rounded up to a multiple of 16.
@@ -45,4 +75,10 @@ PAUCITY_KERNEL(gram)
 (const void *x, float *gram, int64_t tokens, int64_t size, int64_t stride, int64_t dtype, int64_t threads) {
   if (dtype == F32) return run((const float *)x, gram, tokens, size, stride, threads);
   return run((const bf16 *)x, gram, tokens, size, stride, threads);
+}
+
+PAUCITY_KERNEL(squares)
+(const void *x, double *squares, int64_t tokens, int64_t size, int64_t dtype, int64_t threads) {
+  if (dtype == F32) return run_squares((const float *)x, squares, tokens, size, threads);
+  return run_squares((const bf16 *)x, squares, tokens, size, threads);
 }

@@ -157,6 +157,65 @@ void topk(const T *x, T *values, int32_t *indices, int64_t rows, int64_t n, int6
   }
 }
 
+constexpr int64_t SHORT = 32;
+
+// The mask of the k best of a short row: each pair is compared once, and who loses to k others goes.
+template <typename T>
+INLINE void mask_short(const T *x, uint8_t *mask, int64_t n, int64_t k, bool by_abs) {
+  uint32_t keys[SHORT];
+  uint8_t lost[SHORT] = {};
+  for (int64_t c = 0; c < n; c += LANES) {
+    u32x16 key = rank(load_n(x + c, min_of(LANES, n - c)), by_abs);
+    memcpy(keys + c, &key, sizeof key);
+  }
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = i + 1; j < n; j++) {
+      const bool later = keys[j] > keys[i];
+      lost[i] += later;
+      lost[j] += !later;
+    }
+  for (int64_t i = 0; i < n; i++) mask[i] = lost[i] < k;
+}
+
+// The mask of the k best of a row that is longer.
+template <typename T>
+INLINE void mask_long(const T *x, uint8_t *mask, int64_t n, int64_t k, bool by_abs, uint32_t *keys) {
+  for (int64_t c = 0; c < n; c += LANES) {
+    u32x16 key = rank(load_n(x + c, min_of(LANES, n - c)), by_abs);
+    memcpy(keys + c, &key, sizeof key);
+  }
+  const uint32_t least = highest_reached_by(keys, n, k, 32);
+  int64_t room = k - (least == 0xffffffff ? 0 : count_at_least(keys, n, least + 1));
+  const bool all = count_at_least(keys, n, least) == k;
+  if (all) {
+    for (int64_t i = 0; i < n; i++) mask[i] = keys[i] >= least;
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const bool tied = keys[i] == least && room > 0;
+    mask[i] = keys[i] > least || tied;
+    room -= tied;
+  }
+}
+
+template <typename T>
+void topk_mask(const T *x, uint8_t *mask, int64_t rows, int64_t n, int64_t k, bool by_abs, int64_t threads) {
+#pragma omp parallel num_threads(min_of(threads, rows))
+  {
+    Scratch keys((n + LANES) * 4);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const T *at = x + row * n;
+      if (n == 4)  // unrolled: the pattern that hardware knows
+        mask_short(at, mask + row * n, 4, k, by_abs);
+      else if (n <= SHORT)
+        mask_short(at, mask + row * n, n, k, by_abs);
+      else
+        mask_long(at, mask + row * n, n, k, by_abs, (uint32_t *)keys.at);
+    }
+  }
+}
+
 // mean + deviations * standard deviation of a row, rounded to its type. The sums are shifted by the mean of the first
 // entries, so that a mean far from 0 costs no accuracy.
 template <typename T>
@@ -253,6 +312,20 @@ PAUCITY_KERNEL(topk)
     topk((const bf16 *)x, (bf16 *)values, indices, rows, n, k, by_abs, threads);
   else
     topk((const float *)x, (float *)values, indices, rows, n, k, by_abs, threads);
+  return 0;
+}
+
+PAUCITY_KERNEL(topk_mask)
+(const void *x, uint8_t *mask, int64_t rows, int64_t n, int64_t k, int64_t by_abs, int64_t dtype, int64_t threads) {
+  if (rows * n == 0) return 0;
+  if (k == 0) {
+    memset(mask, 0, rows * n);
+    return 0;
+  }
+  if (dtype == BF16)
+    topk_mask((const bf16 *)x, mask, rows, n, k, by_abs, threads);
+  else
+    topk_mask((const float *)x, mask, rows, n, k, by_abs, threads);
   return 0;
 }
 

@@ -31,9 +31,9 @@ def prune(
         Literal["uniform", "erk", "owl", "cfsp", "greedy"], typer.Option(help="How layers share the sparsity.")
     ] = "uniform",
     order: Annotated[
-        Literal["site", "block"],
-        typer.Option(help="Calibrate weight by weight, or block by block as the papers' code."),
-    ] = "site",
+        Literal["dense", "block"],
+        typer.Option(help="Calibrate a block in the dense model, or behind pruned blocks as the papers' code."),
+    ] = "dense",
     sites: Annotated[
         list[str] | None, typer.Option(help="Kinds or groups of weights [linear]; may be repeated.")
     ] = None,

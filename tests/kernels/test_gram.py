@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError, InputTypeError
-from paucity.kernels.gram import add_gram, empty_gram, reference
+from paucity.kernels.gram import add_gram, add_squares, empty_gram, reference
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
@@ -50,3 +50,17 @@ def test_bad_input():
         add_gram(torch.zeros(3, 6)[:, ::2], torch.ones(2, 3))
     with pytest.raises(InputTypeError, match="inputs"):
         add_gram(empty_gram(3), torch.ones(2, 3).long())
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (7, 3), (63, 100), (1030, 16), (0, 5), (5, 0)])
+def test_squares_are_the_diagonal(monkeypatch, kernels, dtype, tokens, size):
+    monkeypatch.setenv("PAUCITY_KERNELS", kernels)
+    inputs, squares = torch.randn(tokens, size + 2).to(dtype)[:, :size], torch.ones(size, dtype=torch.float64)
+    add_squares(squares, inputs)
+    torch.testing.assert_close(squares, 1 + inputs.double().square().sum(0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="squares must have shape"):
+        add_squares(torch.zeros(size + 1).double(), inputs)
+    with pytest.raises(InputTypeError, match=r"squares must be torch.float64"):
+        add_squares(torch.zeros(size), inputs)

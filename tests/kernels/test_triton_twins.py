@@ -53,7 +53,7 @@ def test_rows_of_several_chunks(monkeypatch, size, k, by_abs):
     values, indices = select.topk(x, k, by_abs)
     assert torch.equal(indices, topk_indices(x, k, by_abs=by_abs).int())
     torch.testing.assert_close(values, x.gather(-1, indices.long()), equal_nan=True, rtol=0, atol=0)
-    assert torch.equal(select.kept_mask(x, None, k), topk_mask(x, k=k, by_abs=True))
+    assert torch.equal(select.topk_mask(x, k, True), topk_mask(x, k=k, by_abs=True))
     threshold = torch.tensor([0.5, 1.0], device=DEVICE)
     for result, expected in zip(
         select.threshold_select(x, threshold, k, by_abs),

@@ -1,55 +1,40 @@
-"""Forwards that wait in front of each site."""
+"""Forwards that wait in front of each block."""
+
+from contextlib import closing
 
 import pytest
 import torch
 from torch import nn
 
 from paucity.checks import InputError
+from paucity.models.blocks import sites_by_block
 from paucity.models.sites import find_sites
-from paucity.models.visits import Door, visits
-from paucity.weights.layerwise import empty_statistics
-from paucity.weights.statistics import InputNorm
+from paucity.models.visits import visits
 
 
-def go(model, sites, batches, **options):
-    return visits(model, sites, batches, lambda site, size: empty_statistics(model, InputNorm, site, size), **options)
+def walk(model, kind, batches, look=lambda path: None):
+    """Paths in turn, with how many batches went through; ``look`` is called before they do."""
+    found = []
+    with closing(visits(model, dict(sites_by_block(find_sites(model, kind))), batches)) as visited:
+        for path, run in visited:
+            look(path)
+            found.append((path, sum(1 for _ in run)))
+    return found
 
 
 @torch.no_grad()
-def test_what_is_written_at_a_site_is_what_runs():
+def test_each_block_sees_what_the_dense_ones_before_it_give():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    batches = [torch.randn(5, 3), torch.randn(2, 3)]
-    seen = {}
-    for site, (inputs,) in go(model, find_sites(model, "linear"), batches):
-        seen[site.name] = inputs.norm
-        model.get_parameter(site.name).mul_(2)
-    hidden = torch.cat(batches) @ model[0].weight.T + model[0].bias  # twice the weight of before
-    torch.testing.assert_close(seen["0.weight"], torch.cat(batches).norm(dim=0))
-    torch.testing.assert_close(seen["2.weight"], hidden.relu().norm(dim=0))
-    assert not model[0]._forward_pre_hooks
-
-
-def test_sites_of_one_tensor_share_and_a_changed_tensor_does_not(tiny_model):
-    model = tiny_model("llama")
-    found = {site.name: inputs for site, inputs in go(model, find_sites(model, "attention"), [torch.ones(1, 9).long()])}
-    first = [found[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkvo"]
-    assert first[0] is first[1] is first[2]
-    assert first[3] is not first[0]
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-
-        def forward(self, x):
-            y = x.clone()
-            out = self.a(y)
-            y.mul_(3)  # in place: the same address, other numbers
-            return out + self.b(y)
-
-    twice, x = Twice(), torch.randn(4, 2)
-    norms = [inputs.norm.clone() for _, (inputs,) in go(twice, find_sites(twice, "linear"), [x])]
-    torch.testing.assert_close(norms[1], 3 * norms[0])
+    batches, seen = [torch.randn(5, 3), torch.randn(2, 3)], []
+    wanted = [model[:2](batch) for batch in batches]
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    last = []
+    for path, run in visits(model, dict(sites_by_block(find_sites(model, "linear"))), batches):
+        for _ in run:
+            assert path == "0" or len(last) == 1  # the block before was changed only when all had left it
+        model.get_submodule(path).weight.zero_()
+        last.append(path)
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
 
 
 class Routed(nn.Module):
@@ -65,28 +50,48 @@ class Routed(nn.Module):
         return self.last(self.experts[1](self.experts[0](x) if which else x))
 
 
-def test_batches_that_pass_a_site_by_wait_further_on():
+def test_batches_that_pass_a_block_by_wait_further_on():
     model, batches = Routed(), [torch.tensor([[float(n), 0.0]]) for n in range(4)]
-    counts = {site.name: inputs.num_tokens for site, (inputs,) in go(model, find_sites(model, "linear"), batches)}
-    assert counts == {"experts.0.weight": 2, "experts.1.weight": 4, "last.weight": 4}
+    assert walk(model, "linear", batches) == [("experts.0", 2), ("experts.1", 4), ("last", 4)]
     with pytest.raises(InputError, match=r"got experts.0.weight, which are not"):
-        list(go(model, find_sites(model, "linear"), batches[::2]))
+        walk(model, "linear", batches[::2])
 
 
-def test_doors_open_when_all_are_through(tiny_model):
+def test_a_block_that_repeats_lets_a_batch_through_as_often_as_it_comes():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x)))
+
+    runs, model = [], Shared()
+    model.a.register_forward_hook(lambda *_: runs.append(1))
+    assert walk(model, "linear", [torch.ones(1, 2)] * 3) == [("a", 3), ("b", 3)]
+    assert len(runs) == 6
+
+
+def test_a_language_model_goes_block_by_block(tiny_model):
     model = tiny_model("llama")
-    paths = ["model.layers.0", "model.layers.1"]
-    places = [place for place, _ in go(model, find_sites(model, "mlp"), [torch.ones(1, 5).long()] * 3, doors=paths)]
-    names = [f"{place.path} {place.entrance}" if isinstance(place, Door) else place.kind for place in places]
-    inside = ["gate", "up", "down"]
-    assert names == [step for path in paths for step in (f"{path} True", *inside, f"{path} False")]
+    here, steps = [], []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: steps.append(number))
+    batches = [torch.ones(1, 5).long()] * 3
+    found = walk(model, "mlp", batches, lambda path: here.append(len(steps)))
+    assert found == [("model.layers.0", 3), ("model.layers.1", 3)]
+    assert here == [0, 3]
+    assert steps == [0, 0, 0, 1, 1, 1]
 
 
 def test_an_error_in_a_forward_is_the_callers_and_leaves_no_hooks():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    with pytest.raises(RuntimeError, match="size"):
-        list(go(model, find_sites(model, "linear"), [torch.ones(2, 3), torch.ones(2, 4)]))
-    started = go(model, find_sites(model, "linear"), [torch.ones(2, 3)] * 2)
-    next(started)
-    started.close()
+    with pytest.raises(RuntimeError, match="shapes"):
+        walk(model, "linear", [torch.ones(2, 3), torch.ones(2, 4)])
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(model, "linear", [torch.ones(2, 3)] * 2, stop)
     assert not any(module._forward_pre_hooks for module in model.modules())

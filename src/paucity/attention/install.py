@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..checks import check_int, fail
-from ..models.text_config import text_config
+from ..models.text_config import set_implementation, text_config
 from .interface import attention, attention_mask
 from .rotary import find_rotary
 from .site import ATTRIBUTE, NAME, Site, take_cache_layer
@@ -143,10 +143,3 @@ def _unhook(module: nn.Module) -> None:
         if hook is take_cache_layer:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def set_implementation(model: nn.Module, name: str) -> None:
-    """Set the attention of the language model; towers for images or sound keep theirs."""
-    config, text = model.config, text_config(model)
-    keys = [key for key in config.sub_configs if getattr(config, key) is text]  # type: ignore[union-attr]
-    model.set_attn_implementation({keys[0]: name} if keys else name)  # type: ignore[operator]

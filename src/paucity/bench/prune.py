@@ -11,7 +11,6 @@ sites of a block before pruning them takes at least: two passes of the dense mod
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from ..weights import SparseGPT, Wanda
 from ..weights.to_folder import prune_folder
 from . import BenchRow
 from .llama125m import llama125m
+from .llmcompressor_peer import peak_mb
 
 VARIABLE = "PAUCITY_LLMCOMPRESSOR_PYTHON"
 NUM_SAMPLES, LENGTH = 32, 512
@@ -66,10 +66,7 @@ def ours(job: str) -> None:
     batches = [torch.tensor([row]) for row in rows]
     prune_folder(given["model"], given["out"], METHODS[given["method"]](**options), calibration=batches)
     seconds = time.perf_counter() - started
-    print(
-        "\n"
-        + json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6})
-    )
+    print("\n" + json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
 
 
 def _row(folder: Path, method: str, pattern: str, forward: float) -> BenchRow:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,7 +27,10 @@ def block_path(site: Site) -> str:
 
 def sites_by_block(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
     """``(block path, its sites)`` in the order of ``sites``."""
-    return [(path, list(group)) for path, group in groupby(sites, key=block_path)]
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(block_path(site), []).append(site)
+    return list(found.items())
 
 
 class UpTo(nn.Module):

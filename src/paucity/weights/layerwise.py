@@ -1,12 +1,13 @@
-"""Pruning site by site in one forward over the calibration: each is calibrated behind all that was pruned before it.
+"""Pruning block after block, with what each block reads in the dense model or behind the blocks that were pruned.
 
-The official code of Wanda and SparseGPT gathers the inputs of all sites of a block before it prunes any of them, which
-takes two passes and shows a site inputs that it will not have; that is the order ``block``. Scope ``global`` compares
-scores across sites, and the gradients of Taylor's belong to the whole model: both come from one pass through the dense
-model.
+In the order ``dense`` one forward over the calibration shows every block its inputs in the model as it was. The
+official code of Wanda and SparseGPT takes two passes, so that a block reads what the pruned blocks before it give; that
+is the order ``block``. Scope ``global`` compares scores across sites, and the gradients of Taylor's belong to the whole
+model: both come from one pass through the dense model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..models.blocks import UpTo, open_chain, sites_by_block
 from ..models.calibration import stacked
+from ..models.exact_attention import exact_attention
 from ..models.hooks import capture_inputs, run_model
 from ..models.sites import Site, weight_view
 from ..models.visits import visits
@@ -24,12 +26,12 @@ from ..ops.select import global_topk_masks
 from .allocate import allocate
 from .gradients import squared_gradients
 from .kept_sites import KeptSites
-from .matrices import as_matrices, from_matrices, num_matrices
+from .matrices import as_matrices, from_matrices, only
 from .pruner import Layer, Pruner
-from .statistics import InputNorm, gather
+from .statistics import InputNorm, gather, gathering
 from .wanda import Wanda
 
-STACKED = 512
+STACKED = 1024
 """Tokens of calibration that run at a time."""
 
 Tell = Callable[[int, int, str], None]
@@ -74,7 +76,7 @@ def prune_layers(
     check_sites(model, sites, pruner)
     result = Pruned()
     kept = KeptSites(keep)
-    try:
+    with exact_attention(model), _undone_on_error(model, result):
         if pruner.needs_gradients:
             tell(0, len(sites), "gradients")
         gradients = squared_gradients(model, sites, batches) if pruner.needs_gradients else {}
@@ -90,20 +92,26 @@ def prune_layers(
         done = {site for site in sites if kept.has(site)}
         if pruner.order == "block":  # a block that was pruned in part cannot be calibrated whole
             done = {site for _, group in sites_by_block(sites) if done.issuperset(group) for site in group}
-        for site in sites:
-            if site in done:
-                _write(model, *kept.load(model, site), result)
-        left = [site for site in sites if site not in done]
-        for number, (site, inputs) in enumerate(_calibrated(model, left, pruner, batches), len(sites) - len(left)):
-            tell(number, len(sites), site.name)
-            solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
-            kept.keep(*solved)
-            _write(model, *solved, result)
+        with closing(_calibrated(model, sites, done, pruner, batches)) as calibrated:
+            for number, (site, inputs) in enumerate(calibrated):
+                tell(number, len(sites), site.name)
+                if site in done:
+                    _write(model, *kept.load(model, site), result)
+                    continue
+                solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
+                kept.keep(*solved)
+                _write(model, *solved, result)
         tell(len(sites), len(sites), "done")
+    return result
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, result: Pruned) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         restore(model, result.dense)
         raise
-    return result
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site], pruner: Pruner) -> None:
@@ -120,36 +128,58 @@ def check_sites(model: nn.Module, sites: Sequence[Site], pruner: Pruner) -> None
 
 
 def _calibrated(
-    model: nn.Module, sites: Sequence[Site], pruner: Pruner, batches: Sequence[Tensor]
-) -> Iterable[tuple[Site, list[InputNorm] | None]]:
-    """Each site when it is to be pruned, with what the method gathers of its inputs."""
-    if pruner.gathers is None:
-        return ((site, None) for site in sites)
-    batches = stacked(batches, most=STACKED)
-    if pruner.order == "block":
-        return _block_by_block(model, sites, pruner.gathers, batches)
-    make = partial(empty_statistics, model, pruner.gathers)
-    return ((site, inputs) for site, inputs in visits(model, sites, batches, make) if isinstance(site, Site))
+    model: nn.Module, sites: Sequence[Site], done: set[Site], pruner: Pruner, batches: Sequence[Tensor]
+) -> Generator[tuple[Site, list[InputNorm] | None], None, None]:
+    """Each site when it is to be pruned, with what the method gathers of its inputs; without it those that are done."""
+    if pruner.gathers is None or done.issuperset(sites):
+        yield from ((site, None) for site in sites)
+        return
+    blocks = sites_by_block(sites)
+    left = {path: [site for site in group if site not in done] for path, group in blocks}
+    steps = _block_by_block if pruner.order == "block" else dense_blocks
+    with closing(steps(model, left, pruner.gathers, stacked(batches, most=STACKED))) as blocks_of_inputs:
+        for path, inputs in blocks_of_inputs:
+            yield from ((site, inputs.get(site.name)) for site in dict(blocks)[path])
+
+
+def dense_blocks(
+    model: nn.Module,
+    blocks: Mapping[str, Sequence[Site]],
+    gathers: type[InputNorm],
+    batches: Sequence[Tensor],
+    enter: Callable[[str], None] = lambda path: None,
+) -> Generator[tuple[str, dict[str, list[InputNorm]]], None, None]:
+    """Each block when all batches have left it as it was, with what its sites read; then it may change.
+
+    Args:
+        model: of which the batches reach a block at a time.
+        blocks: sites by the path of their block.
+        gathers: the statistic of a site's inputs.
+        batches: calibration.
+        enter: called with a path before the first batch goes through.
+    """
+    sites = [site for group in blocks.values() for site in group]
+    with gathering(model, sites, gathers) as found, closing(visits(model, blocks, batches)) as visited:
+        for path, run in visited:
+            enter(path)
+            yield path, found.take(blocks[path], run)
 
 
 def _block_by_block(
-    model: nn.Module, sites: Sequence[Site], gathers: type[InputNorm], batches: Sequence[Tensor]
-) -> Iterator[tuple[Site, list[InputNorm] | None]]:
-    """Each site of a block with what it sees while none of the block is pruned."""
-    blocks = sites_by_block(sites)
-    chain = open_chain(model, [path for path, _ in blocks], batches)
-    for path, group in blocks:
-        run = partial(_run_all, UpTo(model, path), group, batches) if chain is None else partial(chain.peek, path)
-        inputs = gather(model, group, gathers, run)
-        for site in group:
-            yield site, inputs[site.name]
+    model: nn.Module, blocks: Mapping[str, Sequence[Site]], gathers: type[InputNorm], batches: Sequence[Tensor]
+) -> Generator[tuple[str, dict[str, list[InputNorm]]], None, None]:
+    """Each block with what its sites read behind those that were pruned, while none of it is."""
+    paths, chain = [path for path, group in blocks.items() if group], None
+    for path, group in blocks.items():
+        if not group:  # done, and written when it is its turn
+            yield path, {}
+            continue
+        if path == paths[0]:
+            chain = open_chain(model, paths, batches)
+        run = _run_all(UpTo(model, path), group, batches) if chain is None else chain.peek(path)
+        yield path, gather(model, group, gathers, run)
         if chain is not None:
             chain.advance(path)
-
-
-def empty_statistics(model: nn.Module, kind: type[InputNorm], site: Site, size: int) -> list[InputNorm]:
-    """A statistic of inputs ``[tokens, size]`` for each matrix of ``site``."""
-    return [kind(size) for _ in range(num_matrices(model, site))]
 
 
 def solve_site(
@@ -161,13 +191,7 @@ def solve_site(
     gradients: dict[str, Tensor],
     notes: list[str],
 ) -> tuple[Site, Tensor, Tensor | None]:
-    """The site, its mask, and its new weight where the method changes what stays; nothing is written.
-
-    Raises:
-        InputError: if an input was not finite.
-    """
-    if inputs is not None and not all(statistic.finite for statistic in inputs):
-        raise fail("prune", "calibration", "give finite activations", f"NaN or infinity at the input of {site.module}")
+    """The site, its mask, and its new weight where the method changes what stays; nothing is written."""
     layers = _layers(model, site, inputs, gradients)
     if pruner.m is None and site.kind == "conv" and not pruner.updates and pruner.scope == "layer":
         scores = torch.stack([pruner.score(layer) for layer in layers])  # groups of a convolution are one layer
@@ -200,7 +224,7 @@ def _scores_at_once(
     """Scores ``[matrices, rows, cols]`` of ``sites`` from one pass through the model as it is."""
     inputs: dict[str, list[InputNorm]] = {}
     if pruner.gathers is not None:
-        inputs = gather(model, sites, pruner.gathers, partial(_run_all, model, sites, batches))
+        inputs = gather(model, sites, pruner.gathers, _run_all(model, sites, batches))
     scores = {}
     for site in sites:
         layers = _layers(model, site, inputs.get(site.name), gradients)
@@ -244,13 +268,11 @@ def _notes(site: Site, layers: Sequence[Layer]) -> list[str]:
 def _write(model: nn.Module, site: Site, mask: Tensor, weight: Tensor | None, result: Pruned) -> None:
     parameter = model.get_parameter(site.name)
     mask = mask if mask.shape == parameter.shape else from_matrices(model, site, mask)
-    before = int((parameter == 0).sum())
+    before = parameter.numel() - int(parameter.count_nonzero())
     if before > parameter.numel() // 100:
         result.notes.append(
             f"{site.name}: {before / parameter.numel():.0%} of it was zero before; zeros stay and count as removed"
         )
     result.masks[site.name] = mask
     result.dense[site.name] = parameter.detach().clone()
-    if weight is not None:
-        parameter.copy_(weight)
-    parameter.masked_fill_(~mask, 0)
+    parameter.copy_(only(parameter if weight is None else weight, mask))

@@ -5,6 +5,7 @@ one for each of its groups, its columns being the places of the kernel and withi
 N:M patterns run along channels and the inputs are the patches that `paucity.models.hooks.capture_inputs` gives.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..models.sites import Site, weight_view
@@ -42,3 +43,11 @@ def from_matrices(model: nn.Module, site: Site, matrices: Tensor) -> Tensor:
     result = matrices.reshape(view.shape)
     transposed = (view.shape, view.stride()) != (parameter.shape, parameter.stride())
     return result.mT.contiguous() if transposed else result
+
+
+def only(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` with zeros where ``mask`` (bool, of its shape) is False, anew; what it held there does not matter."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
+    if integers is None:
+        return weight.masked_fill(~mask, 0)
+    return (weight.view(integers) * mask).view(weight.dtype)  # twenty times as fast as filling

@@ -1,23 +1,21 @@
 """What a method that prunes layer by layer is: options, what it gathers of the inputs, and how it solves a layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_nm, check_sparsity, fail
-from ..ops.select import block_topk_mask, global_topk_mask, nm_mask, topk_mask
+from ..kernels.select import topk_mask
+from ..ops.select import block_topk_mask, num_kept
 from .statistics import InputNorm
 
 Scope = Literal["row", "layer", "global"]
 Allocation = Literal["uniform", "erk", "owl", "cfsp", "greedy"]
+Order = Literal["dense", "block"]
 DEFAULT_SPARSITY = 0.5
-_CHUNK = 2**18
-"""Scores that are ranked at a time where rows compete alone."""
 
 
 @dataclass(eq=False)
@@ -58,9 +56,9 @@ class Pruner(BaseModel, ABC):
     )
     sites: tuple[str, ...] = Field(default=("linear",), description="kinds or groups of sites")
     allocation: Allocation = Field(default="uniform", description="how the sparsity is shared among the layers")
-    order: Literal["site", "block"] = Field(
-        default="site",
-        description="calibrate each weight behind all that was pruned before it, or all of a block before any of it",
+    order: Order = Field(
+        default="dense",
+        description="calibrate each block in the dense model, or behind the pruned blocks before it (two passes)",
     )
 
     @model_validator(mode="after")
@@ -86,12 +84,11 @@ class Pruner(BaseModel, ABC):
     def select(self, score: Tensor, sparsity: float) -> Tensor:
         """Keep-mask of scores ``[..., rows, cols]`` in the pattern; all rows compete unless the scope is a row."""
         if self.n is not None and self.m is not None:
-            return nm_mask(score, n=self.n, m=self.m)
+            return topk_mask(score.reshape(*score.shape[:-1], -1, self.m), self.n).flatten(-2)
         rows = score.flatten(0, -2)
         if self.block is None:
-            mask = (
-                topk_mask(rows, sparsity=sparsity) if self.scope == "row" else global_topk_mask(rows, sparsity=sparsity)
-            )
+            rows = rows if self.scope == "row" else rows.reshape(1, -1)
+            mask = topk_mask(rows, num_kept(rows.shape[1], sparsity))
         else:
             mask = block_topk_mask(rows, block=self.block[1:] if self.scope == "row" else self.block, sparsity=sparsity)
         return mask.view(score.shape)
@@ -103,12 +100,6 @@ class Pruner(BaseModel, ABC):
     def solve(self, layer: Layer, sparsity: float) -> Tensor:
         """Keep-mask ``[rows, cols]``; a method that `updates` also writes ``layer.weight``."""
         return self.select(self.score(layer), sparsity)
-
-
-def _in_chunks(select: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """``select(rows)`` for a choice that each row makes alone, a few rows at a time, which fit a cache."""
-    step = max(1, _CHUNK // max(1, rows.shape[1]))
-    return torch.cat([select(chunk) for chunk in torch.split(rows, step)]) if len(rows) > step else select(rows)
 
 
 def check_pattern(

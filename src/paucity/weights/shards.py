@@ -6,8 +6,7 @@ written and goes on behind it.
 
 import json
 import shutil
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +15,15 @@ from torch import Tensor
 
 from ..checks import fail
 from ..folder import replacing, write_whole
-from ..models.blocks import block_path
+from ..models.blocks import block_path, sites_by_block
 from ..models.calibration import stacked
+from ..models.exact_attention import exact_attention
 from ..models.save import FOREIGN_KEYS
 from ..models.sites import Site, find_sites
-from ..models.streamed import Streamed, give_back
-from ..models.visits import visits
+from ..models.streamed import Streamed, give_back, read_tensor
 from ..ops import budget
-from .layerwise import STACKED, Tell, empty_statistics, solve_site
+from .layerwise import STACKED, Tell, dense_blocks, solve_site
+from .matrices import only
 from .pruner import Pruner
 from .statistics import InputNorm
 
@@ -81,37 +81,39 @@ class ShardsJob:
     def run(self, ids: Sequence[Tensor]) -> None:
         """Prune block after block."""
         self.streamed.fill(self.rest)
-        left = [site for site in self.sites if not self._has(block_path(site))]
-        if self.pruner.gathers is None:
-            for path in self.blocks:
-                self.enter(path)
-                for site in left:
-                    if block_path(site) == path:
-                        self.solve(site, None)
-                self.leave(path)
+        groups = dict(sites_by_block(self.sites))
+        left = {path: [] if self._has(path) else groups.get(path, []) for path in self.blocks}
+        for path, inputs in self._visited(left, ids):
+            for site in left[path]:
+                self.solve(site, inputs.get(site.name))
+            self.leave(path)
+        for site in self.sites:
+            if self._has(block_path(site)) and site.name not in self.zeros:
+                stored = self.streamed.stored[site.name] or site.name
+                self.zeros[site.name] = _zeros(read_tensor(self.folder / self.file[block_path(site)], stored))
+
+    def _visited(
+        self, left: dict[str, list[Site]], ids: Sequence[Tensor]
+    ) -> Iterator[tuple[str, dict[str, list[InputNorm]]]]:
+        """Blocks in memory, one at a time, with what the sites in ``left`` read in the dense model."""
+        if self.pruner.gathers is not None and any(left.values()):
+            batches = stacked(ids, most=STACKED)
+            with exact_attention(self.model):
+                yield from dense_blocks(self.model, left, self.pruner.gathers, batches, enter=self.enter)
             return
-        make = partial(empty_statistics, self.model, self.pruner.gathers)
-        batches = stacked(ids, most=STACKED)
-        for place, inputs in visits(self.model, left, batches, make, doors=list(self.blocks)):
-            if isinstance(place, Site):
-                self.solve(place, inputs)
-            elif place.entrance:
-                self.enter(place.path)
-            else:
-                self.leave(place.path)
+        for path in left:
+            if not self._has(path):
+                self.enter(path)
+                yield path, {}
 
     def enter(self, path: str) -> None:
-        """Read a block: as it was, or as a killed job left it."""
-        done = self._has(path)
-        self.streamed.fill(self.blocks[path], self.folder if done else None, self.file[path] if done else None)
+        """Read a block as it was."""
+        self.streamed.fill(self.blocks[path])
 
     def leave(self, path: str) -> None:
-        """Write a block and take it out of memory."""
+        """Write a block, unless a killed job did, and take it out of memory."""
         if not self._has(path):
             self._write(self.blocks[path], self.file[path])
-        for site in self.sites:
-            if block_path(site) == path:
-                self.zeros[site.name] = int((self.model.get_parameter(site.name) == 0).sum())
         self.streamed.drop(self.blocks[path])
         give_back()
 
@@ -120,7 +122,8 @@ class ShardsJob:
         self.tell(self.sites.index(site), len(self.sites), site.name)
         _, mask, weight = solve_site(self.model, site, self.pruner, inputs, self.sparsities[site.name], {}, self.notes)
         before = self.model.get_parameter(site.name).detach()
-        kept = (before if weight is None else weight).masked_fill(~mask, 0)
+        kept = only(before if weight is None else weight, mask)
+        self.zeros[site.name] = _zeros(kept)
         self.streamed.put(site.name, kept)  # not in place: what was read is the file's own memory
 
     def finish(self) -> None:
@@ -147,6 +150,10 @@ class ShardsJob:
 
     def _has(self, path: str) -> bool:
         return (self.folder / self.file[path]).is_file()
+
+
+def _zeros(weight: Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
 
 
 def _file(number: int, count: int) -> str:

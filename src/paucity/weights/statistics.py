@@ -6,13 +6,14 @@ value; gate and up) share one statistic, which is gathered once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import InputError, fail
-from ..kernels.gram import add_gram, empty_gram
+from ..kernels.gram import add_gram, add_squares, empty_gram
 from ..models.hooks import capture_inputs
 from ..models.sites import Site
 from .matrices import num_matrices
@@ -32,10 +33,8 @@ class InputNorm:
         self.squares = torch.zeros(self.size, dtype=torch.float64)
 
     def add(self, inputs: Tensor) -> None:
-        """Squares are summed in float32 within a batch and in float64 over batches."""
-        squares = inputs.float().square()
-        # A product with ones: reducing the first dimension takes seven times as long.
-        self.squares += (squares.new_ones(1, len(inputs)) @ squares)[0].double().cpu()
+        """See `paucity.kernels.gram.add_squares`."""
+        add_squares(self.squares, inputs)
         self.num_tokens += len(inputs)
 
     @property
@@ -145,56 +144,70 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def gather(
-    model: nn.Module,
-    sites: Sequence[Site],
-    make: Callable[[int], InputNorm],
-    run: Callable[[], Iterator[None]],
-) -> dict[str, list[InputNorm]]:
-    """Statistics of the inputs of ``sites`` while ``run()``, a generator, forwards one batch at each step.
+class Gathering:
+    """Statistics of the inputs of sites, while the context is open that made it; see `gathering`."""
 
-    Args:
-        model: that owns the sites.
-        sites: of one block, or of the whole model.
-        make: a statistic of the given input size.
-        run: yields after every batch.
+    def __init__(self, model: nn.Module, make: Callable[[int], InputNorm]) -> None:
+        self.model, self.make = model, make
+        self._found: dict[str, list[InputNorm]] = {}
+        self._leaders: dict[str, str] = {}
+        self._first: dict[tuple[int, ...], tuple[str, Tensor]] | None = {}
+        self._taken: set[str] = set()
 
-    Returns:
-        By name, one statistic for each matrix of the site as `paucity.weights.matrices` counts them: one for an
-        ordinary layer, one for each expert and each group of a convolution. Sites that read the same tensor in the
-        first batch share theirs.
+    def take(self, sites: Sequence[Site], run: Iterator[None]) -> dict[str, list[InputNorm]]:
+        """Statistics of ``sites`` while ``run``, an iterator, forwards one batch at each step.
 
-    Raises:
-        InputError: if the model runs without one of the sites, or an input is not finite (the module is named).
-    """
-    found: dict[str, list[InputNorm]] = {}
-    leaders: dict[str, str] = {}
-    first: dict[tuple[int, ...], tuple[str, Tensor]] | None = {}
+        Returns:
+            By name, one statistic for each matrix of the site as `paucity.weights.matrices` counts them: one for an
+            ordinary layer, one for each expert and each group of a convolution. Sites that read the same tensor in the
+            first batch share theirs. What is taken is no longer gathered.
 
-    def add(site: Site, inputs: Tensor, matrix: int | None) -> None:
-        if site.name not in leaders:
-            leaders[site.name] = site.name
-            if matrix is None and first is not None:
+        Raises:
+            InputError: if one of the sites did not run, or an input is not finite (the module is named).
+        """
+        self._first = {}
+        for _ in run:
+            self._first = None
+        for site in sites:
+            if site.name not in self._found:
+                raise InputError(f"prune: sites must be run by the model's forward, got {site.name}, which is not.")
+            if not all(statistic.finite for statistic in self._found[site.name]):
+                where = f"NaN or infinity at the input of {site.module}"
+                raise fail("prune", "calibration", "give finite activations", where)
+        self._taken.update(site.name for site in sites)
+        return {site.name: self._found.pop(site.name) for site in sites}
+
+    def add(self, site: Site, inputs: Tensor, matrix: int | None) -> None:
+        """Take in ``inputs [tokens, in]`` of one matrix of ``site``."""
+        if site.name in self._taken:
+            return
+        if site.name not in self._leaders:
+            self._leaders[site.name] = site.name
+            if matrix is None and self._first is not None:
                 # The tensor is held until the batch ends, so that its address cannot be another's meanwhile.
                 key = (inputs.data_ptr(), inputs._version, *inputs.shape, *inputs.stride())
-                leaders[site.name] = first.setdefault(key, (site.name, inputs))[0]
-        leader = leaders[site.name]
+                self._leaders[site.name] = self._first.setdefault(key, (site.name, inputs))[0]
+        leader = self._leaders[site.name]
         if leader != site.name:
-            found[site.name] = found[leader]
+            self._found[site.name] = self._found[leader]
             return
-        if site.name not in found:
-            found[site.name] = [make(inputs.shape[-1]) for _ in range(num_matrices(model, site))]
+        if site.name not in self._found:
+            self._found[site.name] = [self.make(inputs.shape[-1]) for _ in range(num_matrices(self.model, site))]
         if len(inputs):
-            found[site.name][matrix or 0].add(inputs)
+            self._found[site.name][matrix or 0].add(inputs)
 
-    with capture_inputs(model, sites, add, patches=True):
-        for _ in run():
-            first = None
-    for site in sites:
-        if site.name not in found:
-            raise InputError(f"prune: sites must be run by the model's forward, got {site.name}, which is not.")
-        if not all(statistic.finite for statistic in found[site.name]):
-            raise fail(
-                "prune", "calibration", "give finite activations", f"NaN or infinity at the input of {site.module}"
-            )
-    return found
+
+@contextmanager
+def gathering(model: nn.Module, sites: Sequence[Site], make: Callable[[int], InputNorm]) -> Iterator[Gathering]:
+    """While the context is open, statistics made by ``make``, given an input size, are gathered of ``sites``."""
+    found = Gathering(model, make)
+    with capture_inputs(model, sites, found.add, patches=True):
+        yield found
+
+
+def gather(
+    model: nn.Module, sites: Sequence[Site], make: Callable[[int], InputNorm], run: Iterator[None]
+) -> dict[str, list[InputNorm]]:
+    """`Gathering.take` of ``sites`` of one block, or of the whole model, at once."""
+    with gathering(model, sites, make) as found:
+        return found.take(sites, run)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError, InputTypeError
-from paucity.kernels.select import op, reference, statistical_topk, threshold_select, topk
+from paucity.kernels.select import op, reference, statistical_topk, threshold_select, topk, topk_mask
 from paucity.measure.flops import flops
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -61,6 +61,21 @@ def test_topk_matches_sort(twin, kind, dtype, by_abs):
         expected = torch.tensor([naive_topk(row, k, by_abs) for row in x.tolist()])
         assert torch.equal(indices.long(), expected)
         assert torch.equal(values.view(torch.uint8), x.gather(-1, expected).view(torch.uint8))  # also -0 and NaN
+
+
+@pytest.mark.parametrize("by_abs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "ties", "relu", "constant", "special"])
+def test_a_mask_is_of_the_entries_of_topk(twin, kind, dtype, by_abs):
+    for n, k in ((1, 1), (4, 2), (4, 0), (4, 4), (7, 3), (32, 8), (33, 8), (1000, 500), (1000, 999)):
+        x = rows_of(kind, 5, n, dtype)
+        mask = topk_mask(x.to(twin.device), k, by_abs=by_abs).cpu()
+        assert mask.dtype == torch.bool
+        for row, kept in zip(x.tolist(), mask, strict=True):
+            assert kept.nonzero().squeeze(-1).tolist() == sorted(naive_topk(row, k, by_abs))
+    strided = torch.randn(6, 10, device=twin.device).T
+    assert torch.equal(topk_mask(strided, 2), topk_mask(strided.contiguous(), 2))
+    assert topk_mask(torch.zeros(0, 4), 2).shape == (0, 4)
 
 
 @pytest.mark.parametrize("by_abs", [False, True])

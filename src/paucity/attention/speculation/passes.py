@@ -19,10 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from ...checks import fail
 from ...kernels.attention import sparse_attention
 from ...measure.tokens import context_length
-from ...models.text_config import text_config
+from ...models.text_config import set_implementation, text_config
 from ...ops.formats.block import BlockMask
 from .. import interface
-from ..install import set_implementation
 from ..site import ATTRIBUTE, Site
 from .tree import tree_pattern, tree_positions
 

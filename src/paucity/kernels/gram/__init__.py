@@ -1,4 +1,4 @@
-"""Gram matrices of inputs, in float32 whatever the inputs are."""
+"""Gram matrices of inputs in float32, and their diagonals in float64, whatever the inputs are."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from ...checks import InputTypeError, check_ndim, check_shape, fail
 from ..dispatch import check_computable, check_devices
 from . import op
 
-__all__ = ["add_gram", "empty_gram"]
+__all__ = ["add_gram", "add_squares", "empty_gram"]
 
 _ROUND = 16
 
@@ -39,3 +39,23 @@ def add_gram(gram: Tensor, inputs: Tensor) -> None:
     if gram.stride(1) != 1 and gram.numel() > 1:
         raise fail(name, "gram", "have contiguous rows", f"strides {gram.stride()}")
     op.add_gram(gram, inputs.detach())
+
+
+def add_squares(squares: Tensor, inputs: Tensor) -> None:
+    """Add the squares of each column of ``inputs`` to ``squares`` in place: the diagonal of the Gram matrix.
+
+    Args:
+        squares: ``[in]`` float64, on the CPU.
+        inputs: ``[tokens, in]``, any float dtype; its sums are float32 within some hundred tokens.
+
+    Raises:
+        InputError: if the shapes do not fit.
+        InputTypeError: if a dtype does not fit.
+    """
+    name = "add_squares"
+    check_computable(name, "inputs", inputs)
+    check_ndim(name, "inputs", inputs, 2)
+    check_shape(name, "squares", squares, inputs.shape[1])
+    if squares.dtype != op.TOTAL:
+        raise InputTypeError(f"{name}: squares must be {op.TOTAL}, got {squares.dtype}.")
+    op.add_squares(squares, inputs.detach())

@@ -6,6 +6,7 @@ from ..native import DTYPES, INT, Pointer, function
 from . import reference
 
 _gram = function("gram", *[Pointer] * 2, *[INT] * 4)
+_squares = function("squares", *[Pointer] * 2, *[INT] * 3)
 
 
 def add(gram: Tensor, inputs: Tensor) -> None:
@@ -15,3 +16,9 @@ def add(gram: Tensor, inputs: Tensor) -> None:
         reference.add(gram, inputs)
     elif inputs.numel():
         _gram(inputs.contiguous(), gram, tokens, size, gram.stride(0), DTYPES[inputs.dtype])
+
+
+def add_squares(squares: Tensor, inputs: Tensor) -> None:
+    """As in the reference, for float32 and bfloat16."""
+    if inputs.numel():
+        _squares(inputs.contiguous(), squares, *inputs.shape, DTYPES[inputs.dtype])

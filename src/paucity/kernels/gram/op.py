@@ -1,4 +1,4 @@
-"""The operator ``paucity::add_gram``, which has no gradient."""
+"""The operators ``paucity::add_gram`` and ``paucity::add_squares``, which have no gradient."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
 
-SUM = torch.float32
+SUM, TOTAL = torch.float32, torch.float64
 
 
 def zeros(rows: int, cols: int) -> Tensor:
@@ -22,6 +22,17 @@ def add_gram(gram: Tensor, inputs: Tensor) -> None:
     dispatch.module("gram", inputs, __package__).add(gram, inputs)
 
 
+@torch.library.custom_op("paucity::add_squares", mutates_args=("squares",))
+def add_squares(squares: Tensor, inputs: Tensor) -> None:
+    """See `reference.add_squares`."""
+    dispatch.module("gram", inputs, __package__).add_squares(squares, inputs)
+
+
+@add_squares.register_fake
+def _(squares: Tensor, inputs: Tensor) -> None:
+    return None
+
+
 @add_gram.register_fake
 def _(gram: Tensor, inputs: Tensor) -> None:
     return None
@@ -30,3 +41,8 @@ def _(gram: Tensor, inputs: Tensor) -> None:
 @register_flop_formula(torch.ops.paucity.add_gram, get_raw=True)  # type: ignore[untyped-decorator]
 def _flops(gram: Tensor, inputs: Tensor, **_: Any) -> int:
     return inputs.shape[0] * inputs.shape[1] * (inputs.shape[1] + 1)
+
+
+@register_flop_formula(torch.ops.paucity.add_squares, get_raw=True)  # type: ignore[untyped-decorator]
+def _square_flops(squares: Tensor, inputs: Tensor, **_: Any) -> int:
+    return 2 * inputs.shape[0] * inputs.shape[1]

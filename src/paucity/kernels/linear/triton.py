@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..select.triton import kept_mask
+from ..select.triton import topk_mask
 from .triton_groups import packed_groups, unpack_group_rows
 from .triton_packed import packed_bits, packed_blocks, unpack_bit_rows, unpack_block_rows
 from .triton_tiles import finish, load_x, multiplies_wide, multiply, token_tile
@@ -44,7 +44,7 @@ def sparse_input(
     """As `reference.sparse_input`; a threshold is applied by the product itself."""
     norm = None if norm is None else norm.detach().float().contiguous()
     if threshold is None:
-        mask = kept_mask(x, norm, k or 0)
+        mask = topk_mask(x, k or 0, True, norm)
         return masked_input(x, weight, mask, bias, max_kept), mask
     if norm is None:
         threshold = torch.tensor(threshold, dtype=x.dtype).item()

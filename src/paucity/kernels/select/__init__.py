@@ -1,6 +1,6 @@
-"""Selection that returns the entries: the best of each row, or those above a threshold, with their positions.
+"""Selection in rows: the best entries of each, or those above a threshold, with their positions, or a mask of the best.
 
-`paucity.ops.select` makes masks by the same rules. Gradients reach the selected entries through the values. Indices and
+The rules are those of `paucity.ops.select`. Gradients reach the selected entries through the values. Indices and
 counts are int32.
 """
 
@@ -13,7 +13,7 @@ from ...checks import check_floating, check_int, check_range, fail
 from ..dispatch import check_computable
 from . import op
 
-__all__ = ["statistical_topk", "threshold_select", "topk"]
+__all__ = ["statistical_topk", "threshold_select", "topk", "topk_mask"]
 
 
 def topk(x: Tensor, k: int, *, by_abs: bool = False) -> tuple[Tensor, Tensor]:
@@ -35,6 +35,14 @@ def topk(x: Tensor, k: int, *, by_abs: bool = False) -> tuple[Tensor, Tensor]:
     check_int("topk", "k", k, 0, x.shape[-1])
     values, indices = op.topk(rows, k, by_abs)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def topk_mask(x: Tensor, k: int, *, by_abs: bool = False) -> Tensor:
+    """Mask (bool, ``[..., n]``) of the entries that `topk` gives, for the same arguments and with the same errors."""
+    rows = _rows("topk_mask", x)
+    check_int("topk_mask", "k", k, 0, x.shape[-1])
+    mask: Tensor = op.topk_mask(rows, k, by_abs)
+    return mask.view(x.shape)
 
 
 def threshold_select(

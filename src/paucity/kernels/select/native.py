@@ -9,6 +9,7 @@ from torch import Tensor
 from ..native import DTYPES, FLOAT, INT, Pointer, function
 
 _topk = function("topk", *[Pointer] * 3, INT, INT, INT, INT, INT)
+_topk_mask = function("topk_mask", *[Pointer] * 2, INT, INT, INT, INT, INT)
 _threshold_select = function("threshold_select", *[Pointer] * 5, FLOAT, INT, INT, INT, INT, INT)
 
 
@@ -17,6 +18,13 @@ def topk(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
     _topk(x.contiguous(), values, indices, *x.shape, k, by_abs, DTYPES[x.dtype])
     return values, indices
+
+
+def topk_mask(x: Tensor, k: int, by_abs: bool) -> Tensor:
+    """As in the reference, for float32 and bfloat16."""
+    mask = torch.empty(x.shape, dtype=torch.bool)
+    _topk_mask(x.contiguous(), mask, *x.shape, k, by_abs, DTYPES[x.dtype])
+    return mask
 
 
 def threshold_select(x: Tensor, threshold: Tensor, capacity: int, by_abs: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The operators ``paucity::topk``, ``paucity::threshold_select`` and ``paucity::statistical_topk`` on rows.
+"""The operators ``paucity::topk``, ``topk_mask``, ``threshold_select`` and ``statistical_topk`` on rows.
 
 Gradients reach the selected entries through the values; the choice has none.
 """
@@ -24,6 +24,13 @@ def topk(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+@torch.library.custom_op("paucity::topk_mask", mutates_args=())
+def topk_mask(x: Tensor, k: int, by_abs: bool) -> Tensor:
+    """``[rows, n] -> [rows, n]``; see `reference.topk_mask`."""
+    mask: Tensor = _twin(x).topk_mask(x, k, by_abs)
+    return mask
+
+
 @torch.library.custom_op("paucity::threshold_select", mutates_args=())
 def threshold_select(x: Tensor, threshold: Tensor, capacity: int, by_abs: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``[rows, n], [rows] -> [rows, capacity], [rows, capacity], [rows]``; see `reference.threshold_select`."""
@@ -41,6 +48,11 @@ def statistical_topk(x: Tensor, k: int, capacity: int) -> tuple[Tensor, Tensor, 
 @topk.register_fake
 def _(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+@topk_mask.register_fake
+def _(x: Tensor, k: int, by_abs: bool) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 @threshold_select.register_fake
@@ -81,5 +93,5 @@ def _no_products(*_: Any, **__: Any) -> int:
     return 0
 
 
-for _packet in (torch.ops.paucity.topk, torch.ops.paucity.threshold_select, torch.ops.paucity.statistical_topk):
-    register_flop_formula(_packet, get_raw=True)(_no_products)
+for _name in ("topk", "topk_mask", "threshold_select", "statistical_topk"):
+    register_flop_formula(getattr(torch.ops.paucity, _name), get_raw=True)(_no_products)

@@ -6,13 +6,18 @@ Rows are ``[rows, n]``; indices and counts are int32.
 import torch
 from torch import Tensor
 
-from ...ops.select import statistical_threshold, topk_indices
+from ...ops import select
 
 
 def topk(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
     """Values and indices ``[rows, k]`` of the ``k`` best entries of each row, best first."""
-    indices = topk_indices(x, k, by_abs=by_abs)
+    indices = select.topk_indices(x, k, by_abs=by_abs)
     return x.gather(-1, indices), indices.to(torch.int32)
+
+
+def topk_mask(x: Tensor, k: int, by_abs: bool) -> Tensor:
+    """Mask ``[rows, n]`` (bool) of the ``k`` best entries of each row."""
+    return select.topk_mask(x, k=k, by_abs=by_abs)
 
 
 def threshold_select(x: Tensor, threshold: Tensor, capacity: int, by_abs: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,5 +36,5 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int, by_abs: bool) 
 def statistical_topk(x: Tensor, k: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """`threshold_select` above the `statistical_threshold` of each row for ``k`` of its entries."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    threshold = statistical_threshold(x, sparsity=1 - k / x.shape[-1]) if x.numel() else x.new_zeros(len(x), 1)
+    threshold = select.statistical_threshold(x, sparsity=1 - k / x.shape[-1]) if x.numel() else x.new_zeros(len(x), 1)
     return threshold_select(x, threshold.squeeze(-1).to(wide), capacity, False)

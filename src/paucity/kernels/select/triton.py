@@ -25,13 +25,13 @@ def topk(x: Tensor, k: int, by_abs: bool) -> tuple[Tensor, Tensor]:
     return x.gather(-1, indices.long()), indices
 
 
-def kept_mask(x: Tensor, norm: Tensor | None, k: int) -> Tensor:
-    """Mask (bool, the shape of ``x`` ``[rows, size]``) of the ``k`` highest ``|x| * norm`` of a row."""
+def topk_mask(x: Tensor, k: int, by_abs: bool, norm: Tensor | None = None) -> Tensor:
+    """As `reference.topk_mask`; with ``norm [size]`` of ``x * norm`` or ``|x| * norm``."""
     rows, size = x.shape
     x, mask = x.contiguous(), torch.empty(x.shape, dtype=torch.bool, device=x.device)
     if not mask.numel() or not k:
         return mask.fill_(False)
-    _topk[(rows,)](x, norm, None, None, mask, size, k, ABS=True, CHUNK=_chunk(size), num_warps=_warps(size))
+    _topk[(rows,)](x, norm, None, None, mask, size, k, ABS=by_abs, CHUNK=_chunk(size), num_warps=_warps(size))
     return mask
 
 
