@@ -1,0 +1,1 @@
+"""Dictionaries: sparse features of activations, learned, pursued or classical, on one contract."""
