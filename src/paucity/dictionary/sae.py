@@ -34,9 +34,11 @@ class Rule(nn.Module, ABC):
 
     Attributes:
         signed: whether values may be negative.
+        needs_gradient: see `Dictionary.needs_gradient`.
     """
 
     signed: bool = False
+    needs_gradient: bool = False
 
     def attach(self, sae: "SparseAutoencoder") -> None:
         """Make parameters that depend on the sizes, and refuse sizes that do not fit; called once."""
@@ -48,6 +50,10 @@ class Rule(nn.Module, ABC):
     def train_codes(self, sae: "SparseAutoencoder", batch: Batch) -> Draft:
         """Codes of a batch of training, where rows may compete and the rule may add to the loss."""
         return Draft(self.encode(sae, batch.x))
+
+    def neglected(self, sae: "SparseAutoencoder", batch: Batch) -> Tensor:
+        """Which atoms the loss of silent ones trains, ``[dict_size]`` bool; called after `train_codes`."""
+        return batch.silent >= sae.silent_after
 
     def rescale(self, factor: float) -> None:
         """Multiply what has the unit of a pre-activation (a threshold) by ``factor``; called without gradients."""
@@ -114,7 +120,7 @@ class SparseAutoencoder(Dictionary):
         self.encoder_bias = nn.Parameter(torch.zeros(dict_size))
         self.decoder = nn.Parameter(atoms.clone())
         self.decoder_bias = nn.Parameter(torch.zeros(output_size))
-        self.rule = rule
+        self.rule, self.needs_gradient = rule, rule.needs_gradient
         rule.attach(self)
 
     @property
@@ -156,7 +162,7 @@ class SparseAutoencoder(Dictionary):
         for size in self.prefixes:
             parts["error"] = parts["error"] + _squared(self.decode(prefix(draft.codes, size)) - batch.target)
         parts["error"] = parts["error"] / (1 + len(self.prefixes))
-        silent = batch.silent >= self.silent_after
+        silent = self.rule.neglected(self, batch)
         if self.auxiliary and bool(silent.any()):
             parts["auxiliary"] = self.auxiliary * self._auxiliary(batch, reconstruction, silent)
         return Objective(torch.stack(list(parts.values())).sum(), draft.codes, reconstruction, parts)

@@ -1,4 +1,4 @@
-"""Where the activations of a training come from: rows in an order that a seed fixes, so that a training goes on exactly.
+"""Where the activations of a training come from: rows in an order that a seed fixes, so that it goes on exactly.
 
 A source gives batches without end. Which rows a batch holds depends on the source's seed and the number of the batch
 alone; `ActivationSource.batches` may therefore start anywhere.
@@ -6,12 +6,21 @@ alone; `ActivationSource.batches` may therefore start anywhere.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..checks import InputTypeError, check_floating, check_int, check_ndim, fail
+from ..checks import InputTypeError, check_floating, check_int, check_ndim, check_shape, fail
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A batch of activations ``x [n, input_size]``, and of a model's loss to them the ``gradient``, if asked for."""
+
+    x: Tensor
+    gradient: Tensor | None = None
 
 
 class ActivationSource(ABC):
@@ -19,13 +28,19 @@ class ActivationSource(ABC):
 
     Attributes:
         input_size: width of an activation.
+        has_gradient: whether `rows` come with gradients.
     """
 
     input_size: int
+    has_gradient: bool = False
 
     @abstractmethod
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
         """Batches ``[batch_size, input_size]`` without end, from the one with the number ``start``."""
+
+    def rows(self, batch_size: int, *, start: int = 0) -> Iterator[Rows]:
+        """`batches` with all that comes with them."""
+        yield from map(Rows, self.batches(batch_size, start=start))
 
     def sample(self, count: int) -> Tensor:
         """``[count, input_size]``, the first rows of the stream."""
@@ -37,20 +52,30 @@ class TensorSource(ActivationSource):
 
     Args:
         activations: ``[n, input_size]``, any float dtype, finite.
+        gradients: of a model's loss to them, like ``activations``; None gives none.
         seed: of the order.
     """
 
-    def __init__(self, activations: Tensor, *, seed: int = 0) -> None:
+    def __init__(self, activations: Tensor, *, gradients: Tensor | None = None, seed: int = 0) -> None:
         check_ndim("TensorSource", "activations", activations, 2)
         check_floating("TensorSource", "activations", activations)
         if not activations.numel():
             raise fail("TensorSource", "activations", "hold at least one row", f"shape {list(activations.shape)}")
         if not bool(activations.isfinite().all()):
             raise fail("TensorSource", "activations", "be finite", "NaN or infinity")
+        if gradients is not None:
+            check_shape("TensorSource", "gradients", gradients, *activations.shape)
+            if not bool(gradients.isfinite().all()):
+                raise fail("TensorSource", "gradients", "be finite", "NaN or infinity")
         self.activations, self.seed, self.input_size = activations, seed, activations.shape[1]
+        self.gradients, self.has_gradient = gradients, gradients is not None
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
         """See `ActivationSource.batches`."""
+        yield from (rows.x for rows in self.rows(batch_size, start=start))
+
+    def rows(self, batch_size: int, *, start: int = 0) -> Iterator[Rows]:
+        """See `ActivationSource.rows`."""
         check_int("TensorSource", "batch_size", batch_size)
         count, at = len(self.activations), start * batch_size
         while True:
@@ -60,7 +85,8 @@ class TensorSource(ActivationSource):
             for epoch in epochs.unique().tolist():
                 mine = epochs == epoch
                 found[mine] = _order(count, 1_000_003 * self.seed + epoch)[places[mine]]
-            yield self.activations[found.to(self.activations.device)]
+            found = found.to(self.activations.device)
+            yield Rows(self.activations[found], None if self.gradients is None else self.gradients[found])
             at += batch_size
 
 

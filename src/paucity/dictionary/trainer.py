@@ -21,7 +21,7 @@ from torch.optim import Adam
 from ..checks import check_shape, fail
 from ..folder import replacing
 from .base import Batch, Dictionary, Objective
-from .sources import ActivationSource, as_source
+from .sources import ActivationSource, Rows, as_source
 
 
 class TrainOptions(BaseModel):
@@ -117,6 +117,8 @@ def train(
     for one in each:
         if one.input_size != source.input_size:
             raise fail("train", "activations", f"be {one.input_size} wide like the dictionary", source.input_size)
+        if one.needs_gradient and not source.has_gradient:
+            raise fail("train", "activations", "come with gradients, which the dictionary needs", "none")
     job = _Job(each, source, options)
     if keep is not None:
         job.resume(keep)
@@ -153,11 +155,11 @@ class _Job:
         """From the step where the job is to its end; then the scale is folded into the dictionaries."""
         before = self.seconds
         every = max(1, self.total // 100)
-        batches = self.source.batches(self.options.batch_size, start=self.step)
+        batches = self.source.rows(self.options.batch_size, start=self.step)
         for one in self.each:
             one.train()
         while self.step < self.total:
-            progress = self._step(self._checked(next(batches)))
+            progress = self._step(next(batches))
             self.seconds = before + time.monotonic() - started
             if self.step % every == 0 or self.step == self.total:
                 self.history.append(progress)
@@ -174,11 +176,12 @@ class _Job:
             raise fail("train", "activations", "be finite", f"NaN or infinity in batch {self.step}")
         return x
 
-    def _step(self, x: Tensor) -> Progress:
+    def _step(self, rows: Rows) -> Progress:
         factor = learning_rate_at(self.step, self.total, self.options.warmup, self.options.decay)
-        x = x.float() * self.scale
+        x = self._checked(rows.x).float() * self.scale
+        gradient = None if rows.gradient is None else rows.gradient.float() / self.scale  # of the scaled activations
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        found = [self._descend(number, x, factor) for number in range(len(self.each))]
+        found = [self._descend(number, x, gradient, factor) for number in range(len(self.each))]
         self.step += 1
         return Progress(
             self.step,
@@ -193,9 +196,9 @@ class _Job:
             ),
         )
 
-    def _descend(self, number: int, x: Tensor, factor: float) -> Objective:
+    def _descend(self, number: int, x: Tensor, gradient: Tensor | None, factor: float) -> Objective:
         one, optimizer = self.each[number], self.optimizers[number]
-        objective = one.objective(Batch(x, x, self.silent[number], self.step, self.total))
+        objective = one.objective(Batch(x, x, self.silent[number], self.step, self.total, gradient))
         if not bool(objective.loss.detach().isfinite()):
             raise fail("train", "learning_rate", "keep the loss finite", f"{float(objective.loss)} at step {self.step}")
         optimizer.zero_grad(set_to_none=True)
