@@ -2,8 +2,8 @@
 
 ``z = rule(W_enc (x - b_dec) + b_enc)`` and ``x_hat = W_dec z + b_dec`` with rows of ``W_dec`` of norm 1 (Bricken et al.
 2023; Gao et al. 2024, https://arxiv.org/abs/2406.04093). A rule looks at all pre-activations without gradient and
-computes those that it keeps once more with one, so that neither the backward pass nor anything behind the rule touches
-the rest. Atoms that have been silent for long are trained on what is left of the reconstruction (AuxK, Gao et al., A.2).
+computes those that it keeps once more with one, so that neither the backward pass nor what is behind the rule touches
+the rest. Atoms that have been silent for long are trained on what is left of the error (AuxK, Gao et al., A.2).
 """
 
 from abc import ABC, abstractmethod
@@ -55,6 +55,9 @@ class Rule(nn.Module, ABC):
         """Which atoms the loss of silent ones trains, ``[dict_size]`` bool; called after `train_codes`."""
         return batch.silent >= sae.silent_after
 
+    def after_step(self) -> None:
+        """Put parameters back to where they have to be; called without gradients after each step of the optimizer."""
+
     def rescale(self, factor: float) -> None:
         """Multiply what has the unit of a pre-activation (a threshold) by ``factor``; called without gradients."""
 
@@ -77,6 +80,7 @@ class SparseAutoencoder(Dictionary):
         silent_after: tokens without a code after which an atom counts as silent.
         prefixes: sizes of nested dictionaries, ascending, all below ``dict_size``, whose reconstructions are averaged
             with that of the whole (Matryoshka, https://arxiv.org/abs/2503.17547).
+        drawn_prefixes: how many such sizes to draw anew in each step instead (see `paucity.dictionary.matryoshka`).
         seed: of the initial atoms.
 
     Attributes:
@@ -98,6 +102,7 @@ class SparseAutoencoder(Dictionary):
         k_aux: int | None = None,
         silent_after: int = 10_000_000,
         prefixes: tuple[int, ...] = (),
+        drawn_prefixes: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(input_size, dict_size)
@@ -110,9 +115,10 @@ class SparseAutoencoder(Dictionary):
             check_int(name, "k_aux", k_aux)
         if list(prefixes) != sorted({size for size in prefixes if 0 < size < dict_size}):
             raise fail(name, "prefixes", f"ascend within (0, {dict_size})", prefixes)
+        check_int(name, "drawn_prefixes", drawn_prefixes, 0, 0 if prefixes else dict_size - 1)
         self.output_size, self.centre = output_size, centre and output_size == input_size
         self.auxiliary, self.k_aux, self.silent_after = auxiliary, k_aux or max(1, input_size // 2), silent_after
-        self.prefixes, self.seed = tuple(prefixes), seed
+        self.prefixes, self.drawn_prefixes, self.seed = tuple(prefixes), drawn_prefixes, seed
         generator = torch.Generator().manual_seed(seed)
         atoms = F.normalize(torch.randn(dict_size, output_size, generator=generator), dim=1)
         other = atoms if output_size == input_size else torch.randn(dict_size, input_size, generator=generator)
@@ -159,16 +165,24 @@ class SparseAutoencoder(Dictionary):
         reconstruction = self.decode(draft.codes)
         error = _squared(reconstruction - batch.target)
         parts = {"error": error} | draft.penalties
-        for size in self.prefixes:
+        for size in (sizes := self._sizes(batch.step)):
             parts["error"] = parts["error"] + _squared(self.decode(prefix(draft.codes, size)) - batch.target)
-        parts["error"] = parts["error"] / (1 + len(self.prefixes))
+        parts["error"] = parts["error"] / (1 + len(sizes))
         silent = self.rule.neglected(self, batch)
         if self.auxiliary and bool(silent.any()):
             parts["auxiliary"] = self.auxiliary * self._auxiliary(batch, reconstruction, silent)
         return Objective(torch.stack(list(parts.values())).sum(), draft.codes, reconstruction, parts)
 
+    def _sizes(self, step: int) -> tuple[int, ...]:
+        """Sizes of the nested dictionaries of a step, drawn in proportion to ``1 / sqrt(size)`` or as given."""
+        if not self.drawn_prefixes:
+            return self.prefixes
+        weight = torch.arange(1, self.dict_size, dtype=torch.float64).rsqrt()
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        return tuple((1 + weight.multinomial(self.drawn_prefixes, generator=generator)).tolist())
+
     def _auxiliary(self, batch: Batch, reconstruction: Tensor, silent: Tensor) -> Tensor:
-        """What silent atoms miss of the error: by their highest pre-activations, of either sign where codes have one."""
+        """What silent atoms miss of the error, by their highest pre-activations, of either sign where codes are."""
         error = (batch.target - reconstruction).detach()
         which = silent.nonzero().squeeze(-1)
         k = min(self.k_aux, len(which))
@@ -191,6 +205,7 @@ class SparseAutoencoder(Dictionary):
     def after_step(self) -> None:
         """Atoms of norm 1."""
         self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny)
+        self.rule.after_step()
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -208,8 +223,9 @@ class SparseAutoencoder(Dictionary):
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""
         names = ("input_size", "dict_size", "output_size", "centre", "auxiliary", "k_aux", "silent_after", "prefixes")
-        rule = {"name": type(self.rule).__name__, **self.rule.settings()}
-        return {name: getattr(self, name) for name in (*names, "seed")} | {"rule": rule}
+        kind = type(self.rule)
+        rule = {"name": f"{kind.__module__.removeprefix(f'{__package__}.')}:{kind.__name__}", **self.rule.settings()}
+        return {name: getattr(self, name) for name in (*names, "drawn_prefixes", "seed")} | {"rule": rule}
 
 
 def prefix(codes: Codes, size: int) -> Codes:
