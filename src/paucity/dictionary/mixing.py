@@ -1,0 +1,132 @@
+"""A buffer that mixes rows of many texts: fill it, shuffle it, give half of it away, fill it again.
+
+What is in the buffer follows from the seed and the number of rows in each item, so that the books are kept without
+reading an item: a stream that starts later comes to its place without running the model, and reads again only the items
+of which something is left in the buffer there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..checks import check_int, check_shape, fail
+from .sources import ActivationSource
+
+Read = Callable[[int], Tensor]
+
+
+class MixedSource(ActivationSource):
+    """Rows of items, each item read when it is needed; in every pass over the items their order is another.
+
+    Args:
+        read: gives the rows ``[counts[item], input_size]`` of an item, the same at every call.
+        counts: rows of each item.
+        input_size: width of a row.
+        capacity: rows that the buffer holds when it is full, at least 2 and at most those of one pass; one item more
+            may be in memory.
+        seed: of the order of items and of all shuffles.
+    """
+
+    def __init__(
+        self, read: Read, counts: Sequence[int], input_size: int, *, capacity: int = 65_536, seed: int = 0
+    ) -> None:
+        check_int("MixedSource", "capacity", capacity, 2)
+        check_int("MixedSource", "input_size", input_size)
+        if sum(counts) < 1:
+            raise fail(
+                "MixedSource", "counts", "hold at least one row (the buffer stays empty)", f"{len(counts)} items"
+            )
+        self.read, self.counts, self.input_size = read, list(counts), input_size
+        self.capacity, self.seed = min(capacity, max(2, sum(counts))), seed
+
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
+        """See `ActivationSource.batches`; rows do not depend on ``batch_size``, only where they are cut does."""
+        check_int("MixedSource", "batch_size", batch_size)
+        check_int("MixedSource", "start", start, 0)
+        rows = self._rows(start * batch_size)
+        held = next(rows)
+        while True:
+            while len(held) < batch_size:
+                held = torch.cat([held, next(rows)])
+            yield held[:batch_size]
+            held = held[batch_size:]
+
+    def _rows(self, start: int) -> Iterator[Tensor]:
+        """The stream of rows from the one with the number ``start``, in pieces of half a buffer."""
+        books = _Books(self.counts, self.capacity, self.seed)
+        at = 0
+        while at + books.fill() <= start:
+            at += books.take()[0].shape[1]
+        values = self._values(books.held)
+        while True:
+            given, order = books.take()
+            values = values[order]
+            yield values[max(0, start - at) : given.shape[1]].clone()
+            at += given.shape[1]
+            values, before = values[given.shape[1] :], books.held.shape[1]
+            books.fill()
+            if books.held.shape[1] > before:
+                values = torch.cat([values, self._values(books.held[:, before:])])
+
+    def _values(self, ids: Tensor) -> Tensor:
+        """The rows ``ids [2, n]`` (turn, row); each item is read once."""
+        found: Tensor | None = None
+        for turn in ids[0].unique().tolist():
+            item = item_at(turn, len(self.counts), self.seed)
+            mine = ids[0] == turn
+            value = self._checked(item)[ids[1, mine]]
+            found = value.new_empty(ids.shape[1], self.input_size) if found is None else found
+            found[mine] = value
+        assert found is not None, "a buffer that was filled holds rows"
+        return found
+
+    def _checked(self, item: int) -> Tensor:
+        value = self.read(item).cpu()
+        check_shape("MixedSource", f"activations of item {item}", value, self.counts[item], self.input_size)
+        if not bool(value.isfinite().all()):
+            raise fail("MixedSource", "activations", "be finite", f"NaN or infinity in item {item}")
+        return value
+
+
+class _Books:
+    """Which rows are in the buffer: ``held [2, n]`` int64, the turn of an item and the row in it."""
+
+    def __init__(self, counts: list[int], capacity: int, seed: int) -> None:
+        self.counts, self.capacity, self.seed = counts, capacity, seed
+        self.held = torch.empty(2, 0, dtype=torch.int64)
+        self.turn = self.shuffles = 0
+
+    def fill(self) -> int:
+        """Take up items until the buffer is full, behind what is in it; how many rows the next `take` will give."""
+        size, new = self.held.shape[1], [self.held]
+        while size < self.capacity:
+            count = self.counts[item_at(self.turn, len(self.counts), self.seed)]
+            new.append(torch.stack([torch.full((count,), self.turn), torch.arange(count)]))
+            size, self.turn = size + count, self.turn + 1
+        self.held = torch.cat(new, 1)
+        return size // 2
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Shuffle, and give away the first half of the rows; with them the order that shuffled."""
+        size = self.held.shape[1]
+        order = torch.randperm(size, generator=_generator(self.seed, 2 * self.shuffles + 1))
+        given, self.held = self.held[:, order].split([size // 2, size - size // 2], 1)
+        self.shuffles += 1
+        return given, order
+
+
+def item_at(turn: int, count: int, seed: int) -> int:
+    """The item that has the turn ``turn`` when all ``count`` are taken in a new order again and again."""
+    return _pass(turn // count, count, seed)[turn % count]
+
+
+@lru_cache(maxsize=8)
+def _pass(number: int, count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=_generator(seed, 2 * number)).tolist()
+    return order
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((1_000_003 * seed + number) % 2**63)
