@@ -38,7 +38,8 @@ def as_set(rows):
 def test_a_live_stream_holds_what_forwards_give(tiny_model, texts):
     model = tiny_model("llama")
     source = live_source(model, HOOKS, texts, skip_ids=(1,), capacity=10)
-    assert source.input_size == 64 and source.counts == [5, 9, 4, 11, 7]
+    assert source.input_size == 64
+    assert source.counts == [5, 9, 4, 11, 7]
     wanted = []
     for ids in texts:
         parts = [harvest(model, [find_hook(model, name)], ids, skip_ids=(1,))[name] for name in HOOKS]
@@ -53,7 +54,8 @@ def test_a_live_stream_holds_what_forwards_give(tiny_model, texts):
 def test_pictures_are_a_source(tiny_model):
     model = ViT(dim=16, depth=2, heads=2).eval()
     source = live_source(model, "patches.1", [torch.randn(2, 1, 28, 28), torch.randn(3, 1, 28, 28)], capacity=64)
-    assert source.counts == [98, 147] and source.sample(5).shape == (5, 16)
+    assert source.counts == [98, 147]
+    assert source.sample(5).shape == (5, 16)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -72,7 +74,8 @@ def test_a_cache_gives_what_was_written(tiny_model, texts, tmp_path, dtype):
     )
     assert facts == read_facts(tmp_path / "c")
     assert [shard.counts for shard in facts.shards] == [(5, 9), (4, 11), (7,)]
-    assert facts.hooks == {"residual.0": 32, "heads.1": 32} and facts.num_rows == 36
+    assert facts.hooks == {"residual.0": 32, "heads.1": 32}
+    assert facts.num_rows == 36
     assert told[-1] == (36, 36, "shard-00002.safetensors")
     live = rows_of(live_source(model, HOOKS, texts, skip_ids=(1,), capacity=10, seed=2), 20)
     held = rows_of(cached_source(tmp_path / "c", capacity=10, seed=2), 20)
@@ -95,9 +98,7 @@ def test_a_cache_goes_on_after_a_kill_in_the_middle_of_a_write(tiny_model, texts
 
     def killed(tensors, path):
         if len(written) == 1:
-            path.write_bytes(b"half a shard")
-            path.rename(path.with_suffix(".kept"))  # a kill cleans nothing up
-            path.with_suffix(".kept").rename(tmp_path / "c.partial" / "shard-00001.safetensors.tmp2.tmp")
+            (tmp_path / "c.partial" / "left.tmp").write_bytes(b"half a shard")  # a kill cleans nothing up
             raise KeyboardInterrupt
         written.append(path)
         save(tensors, path)
@@ -106,7 +107,8 @@ def test_a_cache_goes_on_after_a_kill_in_the_middle_of_a_write(tiny_model, texts
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path / "c", harvester, **options)
     monkeypatch.setattr(cache, "save_file", save)
-    assert not (tmp_path / "c").exists() and (tmp_path / "c.partial" / "shard-00000.safetensors").is_file()
+    assert not (tmp_path / "c").exists()
+    assert (tmp_path / "c.partial" / "shard-00000.safetensors").is_file()
     with pytest.raises(InputError, match=r"out must hold no unfinished run \(--resume continues it"):
         write_cache(tmp_path / "c", harvester, **options)
     with pytest.raises(InputError, match="resume must continue a run of the same plan"):
@@ -125,7 +127,7 @@ def test_a_broken_cache_is_refused(tiny_model, texts, tmp_path):
     write_cache(
         tmp_path / "c", Harvester(tiny_model("llama"), HOOKS, texts), model="tiny", texts="random", shard_rows=12
     )
-    with pytest.raises(InputError, match="hooks must be one of heads.1, residual.0, got heads.0"):
+    with pytest.raises(InputError, match=r"hooks must be one of heads.1, residual.0, got heads.0"):
         cached_source(tmp_path / "c", "heads.0")
     with pytest.raises(InputError, match="folder must hold activations"):
         cached_source(tmp_path)
@@ -138,7 +140,7 @@ def test_a_broken_cache_is_refused(tiny_model, texts, tmp_path):
         cached_source(tmp_path / "c")
     facts = json.loads((tmp_path / "c" / "activations.json").read_text()) | {"surprise": 1}
     (tmp_path / "c" / "activations.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="activations.json must be what paucity wrote"):
+    with pytest.raises(InputError, match=r"activations.json must be what paucity wrote"):
         cached_source(tmp_path / "c")
 
 
@@ -150,17 +152,17 @@ def test_bad_activations_and_items_are_refused(tiny_model, texts, tmp_path):
         live_source(model, ["residual.0", "residual.0"], texts)
     with pytest.raises(InputError, match="items must hold a token that is neither padding nor special"):
         live_source(model, "residual.0", [torch.full((1, 4), 1)], skip_ids=(1,))
-    with pytest.raises(InputError, match="token ids from 0 to 63, got 64"):
+    with pytest.raises(InputError, match=r"token ids from 0 to 63, got 64"):
         live_source(model, "residual.0", [torch.tensor([[64]])])
-    with pytest.raises(InputError, match="the nearest are residual.0"):
+    with pytest.raises(InputError, match=r"the nearest are residual.0"):
         live_source(model, "residuel.0", texts)
     with pytest.raises(InputError, match="dtype must be one of bfloat16, float32, got int8"):
         write_cache(tmp_path / "c", Harvester(model, HOOKS, texts), model="tiny", texts="", dtype="int8")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(InputError, match="activations must be finite, got NaN or infinity in item"):
+    with pytest.raises(InputError, match=r"activations must be finite, got NaN or infinity in item"):
         next(live_source(model, "residual.0", texts).batches(3))
-    with pytest.raises(InputError, match="activations must be finite, got NaN or infinity in item 0 at residual.0"):
+    with pytest.raises(InputError, match=r"activations must be finite, got NaN or infinity in item 0 at residual.0"):
         write_cache(tmp_path / "d", Harvester(model, ["residual.0"], texts), model="tiny", texts="")
 
 

@@ -45,7 +45,8 @@ def test_every_row_comes_as_often_as_its_item_was_taken_up():
     rows = torch.cat(taken(made(counts, 9)[0], 18, 50))  # 50 passes, but for what is in the buffer
     _, times = rows.unique(dim=0, return_counts=True)
     assert len(times) == 18
-    assert times.min() >= 47 and times.max() <= 53
+    assert times.min() >= 47
+    assert times.max() <= 53
 
 
 def test_half_a_buffer_of_shuffled_rows_is_given_at_a_time():
@@ -59,7 +60,8 @@ def test_half_a_buffer_of_shuffled_rows_is_given_at_a_time():
         held += [[item, row, row] for row in range(counts[item])]
     half = len(held) // 2
     given = stream[:half]
-    assert all(row in held for row in given) and given != held[:half]
+    assert all(row in held for row in given)
+    assert given != held[:half]
     left = [row for row in held if row not in given]
     while len(left) < capacity:
         item = item_at(next(turns), 4, 0)
@@ -77,7 +79,8 @@ def test_a_late_start_reads_only_what_is_in_the_buffer():
 def test_passes_differ_and_the_seed_decides():
     orders = [[item_at(turn, 20, seed) for turn in range(40)] for seed in (0, 1)]
     assert sorted(orders[0][:20]) == sorted(orders[0][20:]) == list(range(20))
-    assert orders[0][:20] != orders[0][20:] and orders[0] != orders[1]
+    assert orders[0][:20] != orders[0][20:]
+    assert orders[0] != orders[1]
     assert torch.equal(made([9, 9], 8, seed=3)[0].sample(9), made([9, 9], 8, seed=3)[0].sample(9))
     assert not torch.equal(made([9, 9], 8, seed=3)[0].sample(9), made([9, 9], 8, seed=4)[0].sample(9))
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from paucity.checks import InputError, InputTypeError
-from paucity.models.harvest import Hook, find_hook, harvest, kept_tokens, per_head, substituted
+from paucity.models.harvest import Hook, find_hook, harvest, kept_tokens, per_head
+from paucity.models.substitute import substituted
 from paucity.models.vision import ConvNet, ViT
 
 
@@ -135,7 +136,8 @@ def test_any_module_tuples_and_modes():
     torch.testing.assert_close(found["pair"], 2 * found["pair.input"])
     assert torch.equal(found["first.input"], x)
     assert torch.equal(found["input"], model(x).detach())
-    assert model.training and not found["pair"].requires_grad
+    assert model.training
+    assert not found["pair"].requires_grad
 
 
 def test_substituting_changes_what_comes_after():
@@ -145,10 +147,11 @@ def test_substituting_changes_what_comes_after():
     with torch.no_grad(), substituted(model, find_hook(model, "input.input"), lambda rows: rows + 1):
         changed = model(x)
     torch.testing.assert_close(changed, model(x) + model.input.weight.sum(1))
-    with pytest.raises(InputError, match=r"change must give shape \[3, 4\], got \[3, 2\]"):
-        with substituted(model, find_hook(model, "pair"), lambda rows: rows[:, :2]):
-            model(x)
-    assert torch.equal(model(x), model(x)) and not model.pair._forward_hooks
+    narrow = substituted(model, find_hook(model, "pair"), lambda rows: rows[:, :2])
+    with pytest.raises(InputError, match=r"change must give shape \[3, 4\], got \[3, 2\]"), narrow:
+        model(x)
+    assert torch.equal(model(x), model(x))
+    assert not model.pair._forward_hooks
 
 
 def test_one_head_is_substituted_alone(tiny_model):
@@ -169,7 +172,7 @@ def test_bad_input(tiny_model):
         find_hook(model, "residul.1")
     with pytest.raises(InputError, match=r"got residual.2; the nearest are residual\.[01]"):
         find_hook(model, "residual.2")
-    with pytest.raises(InputError, match="hook must name a head from 0 to 3, got heads.1.4"):
+    with pytest.raises(InputError, match=r"hook must name a head from 0 to 3, got heads.1.4"):
         find_hook(model, "heads.1.4")
     with pytest.raises(InputTypeError, match="hook must be a string"):
         find_hook(model, 3)

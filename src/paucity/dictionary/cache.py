@@ -1,9 +1,9 @@
 """Activations on disk: shards in safetensors beside ``activations.json``, written once and read shuffled.
 
 A shard holds whole items, all hooks of one forward each: a tensor ``[rows, width]`` by the name of a hook, and for
-texts ``tokens/ids`` and ``tokens/places`` (in the item, flat), so that a row leads back to its context. The folder appears
-when it is complete; a job that was killed, be it in the middle of a shard, goes on with the shard that was not whole,
-and the result is the same to the byte.
+texts ``tokens/ids`` and ``tokens/places`` (in the item, flat), so that a row leads back to its context. The folder
+appears when it is complete; a job that was killed, be it in the middle of a shard, goes on with the shard that was not
+whole, and the result is the same to the byte.
 """
 
 import hashlib

@@ -87,7 +87,10 @@ def live_source(
     """A stream of activations: items run in an order of the seed, and their rows mixed in a buffer.
 
     Args:
-        model: see `Harvester`, as for ``hooks``, ``items`` and ``skip_ids``.
+        model: as for `Harvester`.
+        hooks: as for `Harvester`.
+        items: as for `Harvester`.
+        skip_ids: as for `Harvester`.
         capacity: rows of the buffer.
         seed: of the order.
     """

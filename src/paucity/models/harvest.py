@@ -7,8 +7,8 @@ there is one for each query head), ``heads.2.1`` one of them, and ``patches.2`` 
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -177,44 +177,6 @@ def harvest(
     return {hook.name: _kept(hook, seen[hook.name], kept) for hook in hooks}
 
 
-@contextmanager
-def substituted(model: nn.Module, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the context is open, the model goes on with ``change(activation)`` at ``hook``.
-
-    ``change`` is given ``[..., width]`` as the module has it (one head's part where the hook is one) and gives the same
-    shape; the rest of a tuple stays. Zeros ablate, a dictionary's reconstruction shows what it costs.
-
-    Raises:
-        InputError: if ``change`` gives another shape.
-    """
-
-    def put(value: Any) -> Any:
-        at, x = _first(hook, value)
-        if hook.head is None:
-            new = change(x)
-        else:
-            index, count = hook.head
-            parts = list(x.unflatten(-1, (count, -1)).unbind(-2))
-            parts[index] = change(parts[index])
-            new = torch.cat(parts, -1)
-        if new.shape != x.shape:
-            raise fail("substituted", "change", f"give shape {list(x.shape)}", list(new.shape))
-        new = new.to(x.dtype)
-        if at is None:
-            return new
-        return type(value)([*value[:at], new, *value[at + 1 :]]) if isinstance(value, tuple | list) else value
-
-    module = _module(model, hook)
-    if hook.end == "input":
-        handle = module.register_forward_pre_hook(lambda _, args: (put(args[0]), *args[1:]) if args else None)
-    else:
-        handle = module.register_forward_hook(lambda _, args, output: put(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def per_head(rows: Tensor, heads: int) -> Tensor:
     """Activations ``[n, heads * width]`` of ``heads.L`` as ``[n, heads, width]``."""
     if rows.shape[-1] % heads:
@@ -226,7 +188,8 @@ class _Done(Exception):
     """All hooks have been seen."""
 
 
-def _module(model: nn.Module, hook: Hook) -> nn.Module:
+def module_at(model: nn.Module, hook: Hook) -> nn.Module:
+    """The module of a place; InputError where the model has none."""
     try:
         return model.get_submodule(hook.module)
     except AttributeError:
@@ -234,7 +197,7 @@ def _module(model: nn.Module, hook: Hook) -> nn.Module:
 
 
 def _register(model: nn.Module, hook: Hook, see: Callable[[nn.Module, Any], None]) -> Any:
-    module = _module(model, hook)
+    module = module_at(model, hook)
     if hook.end == "output":
         return module.register_forward_hook(lambda m, args, output: see(m, output))
     return module.register_forward_pre_hook(
@@ -257,7 +220,7 @@ def _run(model: nn.Module, inputs: Inputs) -> None:
         model(**{name: ready(x) for name, x in inputs.items()})
 
 
-def _first(hook: Hook, value: Any) -> tuple[int | None, Tensor]:
+def first_tensor(hook: Hook, value: Any) -> tuple[int | None, Tensor]:
     """The activation in what a module gives: a tensor, or the first tensor of a tuple, and where it is there."""
     if isinstance(value, Tensor):
         return None, value
@@ -272,10 +235,10 @@ def _first(hook: Hook, value: Any) -> tuple[int | None, Tensor]:
 
 def _rows(hook: Hook, module: nn.Module, value: Any, places: list[int]) -> Tensor:
     """``[B, T, width]`` or ``[n, width]``."""
-    x = _first(hook, value)[1].detach()
+    x = first_tensor(hook, value)[1].detach()
     if x.ndim < 2 or not x.is_floating_point():
         raise fail("harvest", "hooks", "give activations [..., width]", f"shape {list(x.shape)} at {hook.name}")
-    if x.ndim == 4 and _channels_first(module):
+    if x.ndim == 4 and _channelsfirst_tensor(module):
         x = x.movedim(1, -1)
     if hook.head is not None:
         x = per_head(x, hook.head[1])[..., hook.head[0], :]
@@ -284,7 +247,7 @@ def _rows(hook: Hook, module: nn.Module, value: Any, places: list[int]) -> Tenso
     return x
 
 
-def _channels_first(module: nn.Module) -> bool:
+def _channelsfirst_tensor(module: nn.Module) -> bool:
     kinds = (_ConvNd, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
     return any(isinstance(each, kinds) for each in module.modules())
 
