@@ -67,6 +67,7 @@ SHARED_FILES = {
     "telemetry",
     "ticket_controls",
     "ticket_folder",
+    "usage",
     "votes",
     "watch",
     "wrapped",

@@ -60,7 +60,7 @@ def test_abs_topk_revives_by_magnitude_and_with_sign():
     x = torch.tensor([[1.0, 1.0]])
     parts = sae.objective(Batch(x, x, torch.tensor([0, 1]), 0, 1)).parts
     # Error is (1 - 5, 1); the silent atom gives -1 * (0, -1) = (0, 1) of it, and 16 is left.
-    assert float(parts["auxiliary"]) == pytest.approx(16.0)
+    assert float(parts["auxiliary"].detach()) == pytest.approx(16.0)
 
 
 def mutual_mask(u, k):

@@ -16,6 +16,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    "abstopk-bidirectional": Claim(
+        "abstopk_bidirectional",
+        "2510.00404",
+        "With signed codes one atom serves both directions of an axis, and AbsTopK reconstructs better than TopK does.",
+    ),
     "anchor-higher-recall": Claim(
         "anchor_higher_recall",
         "2505.23520",
@@ -71,6 +76,11 @@ CLAIMS: dict[str, Claim] = {
         "2306.01526",
         "With a threshold for each group of layers, two thirds of a detector's parameters go at little loss of "
         "precision, and at less than with one threshold for all.",
+    ),
+    "gsae-more-faithful": Claim(
+        "gsae_more_faithful",
+        "2411.10397",
+        "Codes of equal sparsity change a model's predictions less if the gradient of its loss helped to choose them.",
     ),
     "hip-beats-window": Claim(
         "hip_beats_window",
@@ -140,6 +150,11 @@ CLAIMS: dict[str, Claim] = {
         "2406.14909",
         "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
     ),
+    "mutual-feature-choice-fewer-dead": Claim(
+        "mutual_feature_choice_fewer_dead",
+        "2411.02124",
+        "Sharing entries over a batch, with aux_zipf_loss, leaves fewer features dead than TopK, at a lower error.",
+    ),
     "no-single-best": Claim(
         "no_single_best",
         "2504.17768",
@@ -206,6 +221,16 @@ CLAIMS: dict[str, Claim] = {
         "tidal_close_to_full",
         "2410.05076",
         "With a small budget of tokens TidalDecode stays close to full attention, and no further from it than Quest.",
+    ),
+    "top-afa-no-k": Claim(
+        "top_afa_no_k",
+        "2503.24277",
+        "Without a k to set, top-AFA reconstructs about as well as TopK with the k that it arrives at.",
+    ),
+    "vsae-more-dead": Claim(
+        "vsae_more_dead",
+        "2509.22994",
+        "Codes that are sampled and drawn towards a normal leave more features dead than TopK, at a higher error.",
     ),
     "wanda-beats-magnitude": Claim(
         "wanda_beats_magnitude",

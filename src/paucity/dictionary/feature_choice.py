@@ -35,11 +35,11 @@ def feature_shares(total: int, dict_size: int, most: int, exponent: float) -> Te
     check_range("feature_shares", "exponent", exponent, 0)
     weight = torch.arange(1, dict_size + 1, dtype=torch.float64) ** -exponent
     total = min(max(total, dict_size), dict_size * most)
-    low, high = 0.0, float(total * most)
+    low, high = 0.0, most / float(weight[-1])
     for _ in range(100):  # the scale at which the clamped shares sum to the total
         scale = (low + high) / 2
         low, high = (scale, high) if float((scale * weight).clamp(1, most).sum()) < total else (low, scale)
-    ends = (high * weight).clamp(1, most).cumsum(0).round().long()
+    ends = ((high * weight).clamp(1, most).cumsum(0) + 0.5).floor().long()
     ends[-1] = total
     return ends.diff(prepend=ends.new_zeros(1)).clamp(1, most)
 
