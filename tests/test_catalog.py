@@ -71,6 +71,11 @@ SHARED_FILES = {
     "votes",
     "watch",
     "wrapped",
+    "build",
+    "job",
+    "judge",
+    "live",
+    "mixing",
 }
 SHARED_PACKAGES = {"cache", "shared_llm", "speculation", "structured"}
 

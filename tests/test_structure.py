@@ -34,6 +34,7 @@ LEVELS |= dict.fromkeys(families(), 5) | {
     "compare": 7,
     "pipeline": 8,
     "cli_output": 1,
+    "cli_dictionary": 8,
     "cli_essential": 8,
     "cli_evaluate": 8,
     "cli_attention": 8,

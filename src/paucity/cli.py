@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .checks import InputError, fail
 from .cli_attention import app as attention_app
+from .cli_dictionary import app as dictionary_app
 from .cli_essential import essential
 from .cli_evaluate import evaluate
 from .cli_kinetics import kinetics, machine_table, measure
@@ -35,6 +36,7 @@ app.command()(kinetics)
 app.command()(prune)
 app.command()(break_even)
 app.add_typer(study_app, name="study")
+app.add_typer(dictionary_app, name="dictionary")
 
 
 def main() -> None:
@@ -50,9 +52,8 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = (
-            "; the same command with --resume goes on." if sys.argv[1:2] in (["run"], ["study"], ["prune"]) else "."
-        )
+        resumable = {"run", "study", "prune", "dictionary"}.intersection(sys.argv[1:2])
+        goes_on = "; the same command with --resume goes on." if resumable else "."
         err.print(f"paucity: interrupted{goes_on}", style="red", markup=False)
         sys.exit(130)
 

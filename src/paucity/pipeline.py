@@ -21,7 +21,7 @@ from .measure.data import read_text
 from .measure.kick import compare_abilities
 from .measure.kick_jobs import prepare
 from .measure.tokens import context_length
-from .models.applied import Combined, Work, working
+from .models.applied import Combined, Work, Written, working
 from .models.calibration import calibration_batches
 from .models.facts import model_facts
 from .models.load import Loaded, load
@@ -76,6 +76,9 @@ def run(
     tell("saving")
     if not (folder.partial / "model").exists():
         save(sparse, folder.partial / "model", extra=applied.state())
+    for step in applied.steps:
+        if isinstance(step, Written):
+            step.write(folder.partial)
     for record, step, notes in zip(records, applied.steps, facts["notes"], strict=True):
         record.notes += notes
         kept = [facts["density"][site] for site in step.density() if site in facts["density"]]

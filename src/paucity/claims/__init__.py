@@ -26,6 +26,11 @@ CLAIMS: dict[str, Claim] = {
         "2505.23520",
         "At equal cost, stripes chosen by anchors keep more attention than blocks or vertical-slash lines do.",
     ),
+    "attention-heads-polysemantic": Claim(
+        "attention_heads_polysemantic",
+        "2406.17759",
+        "At least nine of ten attention heads have several unrelated roles, by the features that they make.",
+    ),
     "cfsp-beats-uniform": Claim(
         "cfsp_beats_uniform",
         "2409.13199",
@@ -60,6 +65,11 @@ CLAIMS: dict[str, Claim] = {
         "essential_sparsity_knee",
         "2306.03805",
         "Removing the smallest weights at once costs little up to a point and far more beyond, unstructured and N:M.",
+    ),
+    "fast-beats-concatenation": Claim(
+        "fast_beats_concatenation",
+        "2506.07691",
+        "A dictionary trained conversation by conversation reconstructs conversations better than one trained on blocks.",
     ),
     "gna-simulator": Claim(
         "gna_simulator",

@@ -177,7 +177,7 @@ def cached_source(
     def read(item: int) -> Tensor:
         file, start, count = places[item]
         if file not in files:
-            files[file] = safe_open(folder / file, "pt").__enter__()  # a memory map, for as long as the source lives
+            files[file] = safe_open(folder / file, "pt")  # a memory map, for as long as the source lives
         return torch.cat([files[file].get_slice(name)[start : start + count] for name in names], 1)
 
     width = sum(facts.hooks[name] for name in names)

@@ -39,6 +39,7 @@ class MixedSource(ActivationSource):
                 "MixedSource", "counts", "hold at least one row (the buffer stays empty)", f"{len(counts)} items"
             )
         self.read, self.counts, self.input_size = read, list(counts), input_size
+        self._first: Tensor | None = None
         self.capacity, self.seed = min(capacity, max(2, sum(counts))), seed
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
@@ -53,13 +54,25 @@ class MixedSource(ActivationSource):
             yield held[:batch_size]
             held = held[batch_size:]
 
+    def sample(self, count: int) -> Tensor:
+        """See `ActivationSource.sample`; the first buffer is kept for the training that mostly follows."""
+        check_int("MixedSource", "count", count)
+        books = _Books(self.counts, self.capacity, self.seed)
+        books.fill()
+        first = self._values(books.held)
+        self._first = first
+        rows = next(self.batches(count))
+        self._first = first
+        return rows
+
     def _rows(self, start: int) -> Iterator[Tensor]:
         """The stream of rows from the one with the number ``start``, in pieces of half a buffer."""
         books = _Books(self.counts, self.capacity, self.seed)
         at = 0
         while at + books.fill() <= start:
             at += books.take()[0].shape[1]
-        values = self._values(books.held)
+        values = self._values(books.held) if at or self._first is None else self._first
+        self._first = None
         while True:
             given, order = books.take()
             values = values[order]
@@ -73,7 +86,7 @@ class MixedSource(ActivationSource):
     def _values(self, ids: Tensor) -> Tensor:
         """The rows ``ids [2, n]`` (turn, row); each item is read once."""
         found: Tensor | None = None
-        for turn in ids[0].unique().tolist():
+        for turn in torch.unique(ids[0]).tolist():
             item = item_at(turn, len(self.counts), self.seed)
             mine = ids[0] == turn
             value = self._checked(item)[ids[1, mine]]
@@ -112,7 +125,7 @@ class _Books:
         """Shuffle, and give away the first half of the rows; with them the order that shuffled."""
         size = self.held.shape[1]
         order = torch.randperm(size, generator=_generator(self.seed, 2 * self.shuffles + 1))
-        given, self.held = self.held[:, order].split([size // 2, size - size // 2], 1)
+        given, self.held = self.held[:, order[: size // 2]], self.held[:, order[size // 2 :]]
         self.shuffles += 1
         return given, order
 

@@ -30,6 +30,14 @@ class Applied(Protocol):
         ...
 
 
+@runtime_checkable
+class Written(Protocol):
+    """A step that found more than the weights of a model can say."""
+
+    def write(self, folder: Path) -> None:
+        """Write it to files of its own in ``folder``."""
+
+
 class Combined:
     """Several applied steps as one.
 

@@ -181,7 +181,7 @@ def per_head(rows: Tensor, heads: int) -> Tensor:
     """Activations ``[n, heads * width]`` of ``heads.L`` as ``[n, heads, width]``."""
     if rows.shape[-1] % heads:
         raise fail("per_head", "heads", f"divide the width ({rows.shape[-1]})", heads)
-    return rows.unflatten(-1, (heads, -1))
+    return rows.reshape(*rows.shape[:-1], heads, -1)
 
 
 class _Done(Exception):

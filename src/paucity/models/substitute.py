@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail
-from .harvest import Hook, first_tensor, module_at
+from .harvest import Hook, first_tensor, module_at, per_head
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def substituted(model: nn.Module, hook: Hook, change: Callable[[Tensor], Tensor]
             new = change(x)
         else:
             index, count = hook.head
-            parts = list(x.unflatten(-1, (count, -1)).unbind(-2))
+            parts = list(per_head(x, count).unbind(-2))
             parts[index] = change(parts[index])
             new = torch.cat(parts, -1)
         if new.shape != x.shape:
