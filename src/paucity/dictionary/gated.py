@@ -74,7 +74,7 @@ class Gated(Rule):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """See `Rule.rescale`."""
-        self.magnitude_bias *= factor
+        self.magnitude_bias.mul_(factor)
 
     def settings(self) -> dict[str, Any]:
         """See `Rule.settings`."""

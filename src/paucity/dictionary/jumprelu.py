@@ -72,7 +72,7 @@ class JumpReLU(Rule):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """See `Rule.rescale`."""
-        self.threshold *= factor
+        self.threshold.mul_(factor)
 
     def settings(self) -> dict[str, Any]:
         """See `Rule.settings`."""

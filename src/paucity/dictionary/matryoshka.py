@@ -8,8 +8,6 @@ The loss is the mean over sizes, where the paper takes the sum, so that it is co
 keeps its weight. Not implemented: sorting atoms by their share of the reconstruction while sizes are drawn.
 """
 
-from typing import Any
-
 from ..checks import check_int
 from .batch_topk import BatchTopK
 from .sae import SparseAutoencoder
@@ -22,7 +20,9 @@ def matryoshka_sae(
     k: int = 32,
     prefixes: tuple[int, ...] | None = None,
     drawn_prefixes: int = 0,
-    **options: Any,
+    auxiliary: float = 1 / 32,
+    silent_after: int = 10_000_000,
+    seed: int = 0,
 ) -> SparseAutoencoder:
     """An autoencoder of nested dictionaries.
 
@@ -32,7 +32,9 @@ def matryoshka_sae(
         k: entries of a code on average.
         prefixes: nested sizes, ascending, below ``dict_size``; 1/16, 1/8, 1/4 and 1/2 of it if not given.
         drawn_prefixes: draw this many in each step instead; the paper's authors take 9.
-        options: further arguments of `SparseAutoencoder`.
+        auxiliary: weight of the loss of silent atoms.
+        silent_after: tokens without a code after which an atom counts as silent.
+        seed: of the initial atoms and of the drawn sizes.
 
     Raises:
         InputError: if sizes do not fit, or ``prefixes`` are given and drawn.
@@ -41,5 +43,13 @@ def matryoshka_sae(
     if prefixes is None:
         halves = () if drawn_prefixes else (dict_size // 16, dict_size // 8, dict_size // 4, dict_size // 2)
         prefixes = tuple(sorted({size for size in halves if size}))
-    rule = BatchTopK(k)
-    return SparseAutoencoder(input_size, dict_size, rule, prefixes=prefixes, drawn_prefixes=drawn_prefixes, **options)
+    return SparseAutoencoder(
+        input_size,
+        dict_size,
+        BatchTopK(k),
+        auxiliary=auxiliary,
+        silent_after=silent_after,
+        prefixes=prefixes,
+        drawn_prefixes=drawn_prefixes,
+        seed=seed,
+    )

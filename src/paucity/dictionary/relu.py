@@ -1,8 +1,8 @@
 """ReLU with an l1 penalty: the autoencoder of Bricken et al. 2023 and Cunningham et al. 2023.
 
 Paper: Cunningham et al. 2023, https://arxiv.org/abs/2309.08600, Eq. 1-4: ``z = relu(W_enc (x - b_dec) + b_enc)`` and
-the loss ``|x - x_hat|^2 + l1 * sum_i z_i |d_i|``. Weighting by the norm of an atom (Conerly et al. 2024, "Update on how we
-train SAEs") is to keep a penalty from being evaded by long atoms; atoms here have norm 1, so the weight is 1.
+the loss ``|x - x_hat|^2 + l1 * sum_i z_i |d_i|``. Weighting by the norm of an atom (Conerly et al. 2024, "Update on how
+we train SAEs") is to keep long atoms from evading the penalty; atoms here have norm 1, so the weight is 1.
 
 Not implemented: ghost gradients and resampling. AuxK of `SparseAutoencoder` reaches silent atoms only where their
 pre-activation is positive somewhere, which a silent atom of this rule is not; ``auxiliary=0`` leaves it out.

@@ -204,14 +204,14 @@ class SparseAutoencoder(Dictionary):
     @torch.no_grad()
     def after_step(self) -> None:
         """Atoms of norm 1."""
-        self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny)
+        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny))
         self.rule.after_step()
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Offsets and biases times ``factor``: codes are then as much larger as activations are."""
-        self.encoder_bias *= factor
-        self.decoder_bias *= factor
+        self.encoder_bias.mul_(factor)
+        self.decoder_bias.mul_(factor)
         self.rule.rescale(factor)
 
     def fit(self, activations: Any, **options: Any) -> Any:

@@ -199,8 +199,8 @@ class _Job:
     def _descend(self, number: int, x: Tensor, gradient: Tensor | None, factor: float) -> Objective:
         one, optimizer = self.each[number], self.optimizers[number]
         objective = one.objective(Batch(x, x, self.silent[number], self.step, self.total, gradient))
-        if not bool(objective.loss.detach().isfinite()):
-            raise fail("train", "learning_rate", "keep the loss finite", f"{float(objective.loss)} at step {self.step}")
+        if not bool((loss := objective.loss.detach()).isfinite()):
+            raise fail("train", "learning_rate", "keep the loss finite", f"{float(loss)} at step {self.step}")
         optimizer.zero_grad(set_to_none=True)
         objective.loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
