@@ -79,7 +79,7 @@ def test_mutual_choice(margin):
     auxiliary = under_used(density, margin) if margin else torch.zeros(20, dtype=torch.bool)
     assert bool(auxiliary.any()) == bool(margin)
     check_gradients(sae, batch, lambda s, b: dense_loss(s, b, pre(s, b.x).relu() * kept, auxiliary))
-    lowest = float(pre(sae, batch.x)[kept].min())
+    lowest = float(pre(sae, batch.x)[kept].min().detach())
     after = pre(sae, batch_of(seed=5).x)
     found = sae.encode(batch_of(seed=5).x).to_dense()
     torch.testing.assert_close(found, after * (after > lowest))

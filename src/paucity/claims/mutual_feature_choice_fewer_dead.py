@@ -15,6 +15,7 @@ from .base import ClaimResult
 
 NAME = "mutual-feature-choice-fewer-dead"
 CHOICES = ("mutual_choice", "feature_choice")
+RATE = 0.1  # of running means: a training as short as this one is over before slower ones have settled
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
@@ -33,7 +34,11 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     draws = []
     for draw in job.seeds:
         k = job.sizes.k
-        rules: dict[str, Rule] = {"topk": TopK(k), "mutual_choice": MutualChoice(k), "feature_choice": FeatureChoice(k)}
+        rules: dict[str, Rule] = {
+            "topk": TopK(k),
+            "mutual_choice": MutualChoice(k, rate=RATE),
+            "feature_choice": FeatureChoice(k, rate=RATE),
+        }
         found = zip(rules, job.train(list(rules.values()), draw), strict=True)
         draws.append({name: asdict(job.kept(one, spliced=True)) for name, one in found})
     return ClaimResult(
