@@ -69,7 +69,7 @@ CLAIMS: dict[str, Claim] = {
     "fast-beats-concatenation": Claim(
         "fast_beats_concatenation",
         "2506.07691",
-        "A dictionary trained conversation by conversation reconstructs conversations better than one trained on blocks.",
+        "A dictionary trained conversation by conversation reconstructs conversations better than one of blocks does.",
     ),
     "gna-simulator": Claim(
         "gna_simulator",

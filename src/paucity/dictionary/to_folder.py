@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..checks import fail
+from ..checks import InputError, fail
 from ..folder import Folder, write_whole
 from ..measure.data import read_text
 from ..models.load import Loaded, load
@@ -73,17 +73,22 @@ def train_folder(
     folder.open(plan, resume=resume)
     work = folder.partial / "work"
     work.mkdir(exist_ok=True)
-    fitted = fit_on(
-        loaded.model,
-        method,
-        options,
-        items,
-        source=source,
-        texts=f"{texts['text_tokens']} tokens of {texts['text']} in windows of {texts['length']}",
-        skip_ids=special,
-        keep=work,
-        on_progress=on_progress,
-    )
+    try:
+        fitted = fit_on(
+            loaded.model,
+            method,
+            options,
+            items,
+            source=source,
+            texts=f"{texts['text_tokens']} tokens of {texts['text']} in windows of {texts['length']}",
+            skip_ids=special,
+            keep=work,
+            on_progress=on_progress,
+        )
+    except InputError:
+        if not resume:
+            folder.discard()
+        raise
     found = []
     for one in fitted:
         figures = judge(loaded.model, one.hook, one.dictionary, other, skip_ids=special, on_progress=on_progress)
