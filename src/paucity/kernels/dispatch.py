@@ -43,6 +43,7 @@ KERNELS: dict[str, Kernel] = {
     "depthwise convolution": Kernel(triton=()),
     "gram": Kernel(triton=()),
     "lines": Kernel((torch.bool, *_HALVES), (torch.bool, *_HALVES, torch.float16)),
+    "matching pursuit": Kernel(triton=()),
     "packed linear": Kernel(),
     "selection": Kernel(),
     "sparse attention": Kernel(),

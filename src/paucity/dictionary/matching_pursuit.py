@@ -1,0 +1,120 @@
+"""MP-SAE: matching pursuit unrolled, on atoms that encode and decode.
+
+Paper: Costa et al. 2025, https://arxiv.org/abs/2506.03093, Algorithm 1. With the offset taken off, each step takes the
+unit atom of the largest positive product with the residual, ``j = argmax_i d_i . r``, ``z_j += d_j . r``,
+``r -= (d_j . r) d_j``; it stops after ``k`` steps, once the residual is small or once an atom comes again. Choices have
+no gradient, values have, through all earlier steps. More steps never make the error larger, and the number of steps can
+be changed after training.
+
+The loss is the squared error alone, as in the paper: silent atoms are not revived.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import check_int, check_range
+from ..kernels.codes import decode_codes
+from ..kernels.pursuit import atom_products, matching_pursuit
+from ..ops.formats import Codes
+from .base import Batch, Dictionary, Objective
+
+
+class MatchingPursuit(Dictionary):
+    """Unit atoms and an offset; codes by matching pursuit.
+
+    Args:
+        input_size: width of an activation.
+        dict_size: number of atoms.
+        k: most steps; it may be changed at any time.
+        tolerance: a row ends after a step that leaves a residual of a smaller norm; in the unit of the activations.
+        stop_on_repeat: a row ends after a step that takes an atom again.
+        signed: choose by absolute product, so that codes have either sign (an extension: the paper's are positive).
+        seed: of the initial atoms.
+
+    Attributes:
+        decoder: ``[dict_size, input_size]``, rows of norm 1.
+        decoder_bias: ``[input_size]``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        dict_size: int,
+        k: int = 32,
+        *,
+        tolerance: float = 0.0,
+        stop_on_repeat: bool = False,
+        signed: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(input_size, dict_size)
+        check_int("MatchingPursuit", "k", k)
+        check_range("MatchingPursuit", "tolerance", tolerance, 0)
+        self.k, self.tolerance, self.stop_on_repeat, self.signed, self.seed = k, tolerance, stop_on_repeat, signed, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.decoder = nn.Parameter(F.normalize(torch.randn(dict_size, input_size, generator=generator), dim=1))
+        self.decoder_bias = nn.Parameter(torch.zeros(input_size))
+        self._products: tuple[tuple[int, int], Tensor | None] | None = None
+
+    @property
+    def atoms(self) -> Tensor:
+        """``[dict_size, input_size]``, rows of norm 1."""
+        return self.decoder
+
+    @property
+    def offset(self) -> Tensor:
+        """``[input_size]``."""
+        return self.decoder_bias
+
+    def encode(self, x: Tensor) -> Codes:
+        """See `Dictionary.encode`; the atoms' products are kept between calls in eval mode."""
+        self.check_input(x)
+        x = x.to(self.decoder.dtype) - self.decoder_bias
+        held = None if self.training else self._held()
+        stops: dict[str, Any] = {"tolerance": self.tolerance, "stop_on_repeat": self.stop_on_repeat}
+        return matching_pursuit(x, self.decoder, self.k, signed=self.signed, products=held, **stops)
+
+    def _held(self) -> Tensor | None:
+        state = (self.decoder.data_ptr(), self.decoder._version)
+        if self._products is None or self._products[0] != state:
+            self._products = (state, atom_products(self.decoder.detach()))
+        return self._products[1]
+
+    def objective(self, batch: Batch) -> Objective:
+        """Squared error summed over the width, mean over rows."""
+        codes = self.encode(batch.x)
+        reconstruction = decode_codes(codes.values, codes.indices, self.decoder) + self.decoder_bias
+        error = (reconstruction - batch.target).square().sum(-1).mean()
+        return Objective(error, codes, reconstruction, {"error": error})
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Take from the atoms' gradients what would only change their norm."""
+        if self.decoder.grad is not None:
+            along = (self.decoder.grad * self.decoder).sum(1, keepdim=True)
+            self.decoder.grad -= along * self.decoder
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Atoms of norm 1."""
+        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny))
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Offset and tolerance times ``factor``; the codes scale by themselves."""
+        self.decoder_bias.mul_(factor)
+        self.tolerance *= factor
+
+    def fit(self, activations: Any, **options: Any) -> Any:
+        """See `paucity.dictionary.trainer.train`, whose options these are."""
+        from .trainer import train
+
+        return train(self, activations, **options)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Dictionary.settings`."""
+        names = ("input_size", "dict_size", "k", "tolerance", "stop_on_repeat", "signed", "seed")
+        return {name: getattr(self, name) for name in names}
