@@ -6,6 +6,7 @@ code names. What trains by gradient also says what a step costs (`Dictionary.obj
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +102,7 @@ class Dictionary(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, activations: Any, **options: Any) -> Any:
-        """Find the atoms on activations: a tensor ``[n, input_size]`` or a source (see `paucity.dictionary.sources`)."""
+        """Find the atoms on activations: a tensor ``[n, input_size]`` or a source (`paucity.dictionary.sources`)."""
 
     def objective(self, batch: Batch) -> Objective:
         """What a step of gradient descent is to make small.
@@ -128,6 +129,9 @@ class Dictionary(nn.Module, ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What creates the same dictionary, untrained: the arguments of its class, JSON-able."""
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take on the sizes of a checkpoint, whose tensors come next, where `fit` and not the settings fix them."""
 
     def check_input(self, x: Tensor) -> None:
         """Raise InputError or InputTypeError unless ``x`` is ``[..., input_size]`` of floats."""

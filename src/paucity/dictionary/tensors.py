@@ -65,6 +65,7 @@ def fill(function: str, dictionary: Dictionary, tensors: Mapping[str, Tensor], n
     Raises:
         InputError: if one is missing, unknown, of another shape or not finite.
     """
+    dictionary.make_room({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     wanted, learned = dictionary.state_dict(), dict(dictionary.named_parameters())
 
     def said(of: set[str]) -> str:
@@ -74,7 +75,8 @@ def fill(function: str, dictionary: Dictionary, tensors: Mapping[str, Tensor], n
     if missing or unknown:
         kind = f"hold the tensors of {type(dictionary).__name__}"
         raise fail(function, "source", kind, f"missing: {said(missing)}; unknown: {said(unknown)}")
-    for name, tensor in tensors.items():
+    for name in wanted:
+        tensor = tensors[name]
         if tensor.shape != wanted[name].shape:
             what = f"hold {said({name})} of shape {list(wanted[name].shape)}, as its settings say"
             raise fail(function, "source", what, list(tensor.shape))
