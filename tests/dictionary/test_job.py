@@ -121,7 +121,7 @@ def test_a_step_is_in_force_and_leaves_nothing(model, items, tmp_path):
     assert 0 < applied.density()["residual.0"] <= 4 / 48
     rank = torch.linalg.matrix_rank(inner - dictionary.offset)
     assert rank <= 20
-    assert "FVU" in applied.state()["notes"][0]
+    assert "FVU" in applied.state()["notes"][1]
     applied.write(tmp_path)
     again = load_dictionary(tmp_path / "dictionaries" / "residual.0")
     assert all(
@@ -173,9 +173,7 @@ def test_bad_input(model, items):
         text_windows(byte_tokenizer(300), "abc", 256, max_tokens=99)
     with pytest.raises(InputError, match="hook must be 16 wide like the dictionary, got 32"):
         judge(model, "residual.0", SparseAutoencoder(16, 8, TopK(2)), items)
-    with pytest.raises(
-        InputError, match="calibration must hold at least 2 texts, to train on and"
-    ):
+    with pytest.raises(InputError, match="calibration must hold at least 2 texts, to train on and"):
         apply_step(Loaded(model, None, "tiny"), "topk_sae", options_for("topk_sae")(), items[:1])
     with pytest.raises(InputError, match=r"k must be one value in a recipe, got \(2, 4\)"):
         apply_step(Loaded(model, None, "tiny"), "topk_sae", options_for("topk_sae")(k=(2, 4)), items)

@@ -175,7 +175,8 @@ class _Job:
                 self.model.set_attn_implementation(before)  # type: ignore[operator]
             patterns.append(shown[0].float())
         size = outputs[0].shape[1] // self.heads
-        return torch.cat(outputs), torch.stack(patterns), torch.stack(values).unflatten(-1, (-1, size))
+        held = torch.stack(values)
+        return torch.cat(outputs), torch.stack(patterns), held.view(*held.shape[:-1], -1, size)
 
     def _role(self, strength: Tensor, direction: Tensor, head: int, patterns: Tensor, values: Tensor) -> str:
         """The most frequent role of the strongest source over a feature's strongest tokens."""

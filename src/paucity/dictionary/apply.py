@@ -138,7 +138,8 @@ class AppliedDictionaries:
             "method": self.fitted[0].method,
             "options": self.options,
             "dictionaries": {one.hook: found for one, found in zip(self.fitted, self.figures, strict=True)},
-            "notes": [
+            "notes": ["The model that is saved is the dense one; the dictionaries lie beside it."]
+            + [
                 note
                 for one, found in zip(self.fitted, self.figures, strict=True)
                 for note in measured_notes(one.hook, found)

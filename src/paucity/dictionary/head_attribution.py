@@ -8,6 +8,7 @@ pre-activation, and a source token ``s`` of that ``A[t, s] v_s . W_enc[i, h]``. 
 earlier layers (recursive), and freezing of norms.
 """
 
+import torch
 from torch import Tensor
 
 from ..checks import check_divides, check_ndim, check_shape
@@ -23,7 +24,7 @@ def head_weights(atoms: Tensor, heads: int) -> Tensor:
     Returns:
         ``[dict_size, heads]``, rows summing to 1 (to 0 for an atom of zeros), detached.
     """
-    norms = _by_head("head_weights", "atoms", atoms.detach(), heads).norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(_by_head("head_weights", "atoms", atoms.detach(), heads), dim=-1)
     return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
 
 

@@ -81,7 +81,7 @@ class _Sums:
 
     @torch.no_grad()
     def add(self, dictionary: Dictionary, rows: Tensor) -> None:
-        for x in rows.split(4096):
+        for x in torch.split(rows, 4096):
             codes = dictionary.encode(x)
             self.error += float((dictionary.decode(codes) - x).double().square().sum())
             self.square += float(x.double().square().sum())

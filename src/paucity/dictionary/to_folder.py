@@ -96,7 +96,12 @@ def train_folder(
         facts |= {"training": _training(one), "metrics": figures}
         save_dictionary(one.dictionary, folder.partial / one.name, facts=facts)
         found.append(_described(one.dictionary, facts))
-    record = {"model": source, "method": method, "options": options.model_dump(mode="json"), "texts": dict(texts)}
+    record: dict[str, Any] = {
+        "model": source,
+        "method": method,
+        "options": options.model_dump(mode="json"),
+        "texts": dict(texts),
+    }
     record |= {"notes": loaded.notes, "dictionaries": found}
     write_whole(folder.partial / RESULT, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(work)
@@ -113,7 +118,8 @@ def read_records(source: str | Path) -> list[tuple[Dictionary, dict[str, Any]]]:
     folder = Path(source)
     inner = sorted(path.parent for path in folder.rglob(SETTINGS)) if folder.is_dir() else []
     found = []
-    for one in inner or [source]:
+    each: list[str | Path] = [*inner] or [source]
+    for one in each:
         dictionary = load_dictionary(one)
         facts = read_facts(one) if inner else {}
         found.append((dictionary, _described(dictionary, {"name": Path(one).name} | facts)))
@@ -162,7 +168,13 @@ def eval_folder(
 
 
 def _described(dictionary: Dictionary, facts: Mapping[str, Any]) -> dict[str, Any]:
-    blank = {"name": "", "model": None, "hook": None, "method": type(dictionary).__name__, "options": {}}
+    blank: dict[str, Any] = {
+        "name": "",
+        "model": None,
+        "hook": None,
+        "method": type(dictionary).__name__,
+        "options": {},
+    }
     sizes = {"input_size": dictionary.input_size, "dict_size": dictionary.dict_size}
     return blank | {"training": None, "metrics": None} | dict(facts) | sizes
 
