@@ -46,7 +46,7 @@ class Sizes:
     held_out_tokens: int = 32_768
     spliced_tokens: int = 8_192
     num_tokens: int = 393_216
-    batch_size: int = 1024
+    batch_size: int = 256
     dict_size: int = 1024
     k: int = 16
     seeds: int = 3

@@ -29,8 +29,9 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         seed: of the first draw; the others follow.
     """
     started = time.monotonic()
-    sizes = replace(dictionaries.FULL, dict_size=4096, num_tokens=262_144)
-    job = dictionaries.Embedded(NAME, replace(dictionaries.QUICK, dict_size=2048) if quick else sizes, seed=seed)
+    sizes = dictionaries.QUICK if quick else replace(dictionaries.FULL, num_tokens=262_144)
+    sizes = replace(sizes, batch_size=1024, dict_size=2048 if quick else 4096)  # a batch has to hold rare features
+    job = dictionaries.Embedded(NAME, sizes, seed=seed)
     draws = []
     for draw in job.seeds:
         k = job.sizes.k
