@@ -107,6 +107,17 @@ CLAIMS: dict[str, Claim] = {
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
     ),
+    "itda-model-similarity": Claim(
+        "itda_model_similarity",
+        "2505.17769",
+        "By the origins of its atoms, ITDA finds the corresponding layers of two models more often than CKA, SVCCA and "
+        "relative representations do.",
+    ),
+    "itda-one-percent": Claim(
+        "itda_one_percent",
+        "2505.17769",
+        "ITDA takes 1 % of the time and of the data that an autoencoder's training does, and explains nearly as much.",
+    ),
     "kick-vs-perplexity": Claim(
         "kick_vs_perplexity",
         "2310.01382",
@@ -121,6 +132,11 @@ CLAIMS: dict[str, Claim] = {
         "kinetics_model_within_20_percent",
         "2506.05333",
         "The cost model tells the seconds of decode steps and prefills on a measured machine to within 20 %.",
+    ),
+    "l0-beats-l1-on-natural-images": Claim(
+        "natural_images",
+        "2301.10002",
+        "At equal sparsity, penalties close to l0 reconstruct natural images far better than l1 does.",
     ),
     "lemo-memory": Claim(
         "lemo_memory",
@@ -160,6 +176,16 @@ CLAIMS: dict[str, Claim] = {
         "2406.14909",
         "At equal density, spans of each head's own (MoA) keep retrieval and perplexity better than a uniform window.",
     ),
+    "mp-monotone-error": Claim(
+        "mp_monotone_error",
+        "2506.03093",
+        "Every further step of MP-SAE lowers its error; TopK is worse beyond the entries of its training.",
+    ),
+    "mp-sae-hierarchical": Claim(
+        "mp_sae_hierarchical",
+        "2506.03093",
+        "MP-SAE finds the concepts of a hierarchy; l1 and BatchTopK encoders mix children with parents.",
+    ),
     "mutual-feature-choice-fewer-dead": Claim(
         "mutual_feature_choice_fewer_dead",
         "2411.02124",
@@ -185,6 +211,11 @@ CLAIMS: dict[str, Claim] = {
         "2405.18628",
         "With trained prompt tokens, a dynamic sparse tree accepts more tokens a pass than other trees, losslessly.",
     ),
+    "ra-sae-stability": Claim(
+        "ra_sae_stability",
+        "2502.12892",
+        "Trained from other seeds, RA-SAE finds nearly the same atoms and TopK does not, at about equal reconstruction.",
+    ),
     "retrieval-heads-causal": Claim(
         "retrieval_heads_causal",
         "2404.15574",
@@ -194,6 +225,11 @@ CLAIMS: dict[str, Claim] = {
         "retrieval_heads_sparse",
         "2404.15574",
         "Few heads, under 5 % of them, retrieve from a long context.",
+    ),
+    "scc-clusters": Claim(
+        "scc_clusters",
+        "2004.01551",
+        "Images cluster better by sparse concept codes than by pixels.",
     ),
     "sharded-union": Claim(
         "sharded_union",

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_range
-from ..kernels.codes import decode_codes
 from ..kernels.pursuit import atom_products, matching_pursuit
 from ..ops.formats import Codes
 from .base import Batch, Dictionary, Objective
@@ -31,12 +30,13 @@ class MatchingPursuit(Dictionary):
         k: most steps; it may be changed at any time.
         tolerance: a row ends after a step that leaves a residual of a smaller norm; in the unit of the activations.
         stop_on_repeat: a row ends after a step that takes an atom again.
+        centre: whether there is an offset, which is taken off first; the paper's experiments on a tree have none.
         signed: choose by absolute product, so that codes have either sign (an extension: the paper's are positive).
         seed: of the initial atoms.
 
     Attributes:
         decoder: ``[dict_size, input_size]``, rows of norm 1.
-        decoder_bias: ``[input_size]``.
+        decoder_bias: ``[input_size]``, or None.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class MatchingPursuit(Dictionary):
         *,
         tolerance: float = 0.0,
         stop_on_repeat: bool = False,
+        centre: bool = True,
         signed: bool = False,
         seed: int = 0,
     ) -> None:
@@ -56,7 +57,8 @@ class MatchingPursuit(Dictionary):
         self.k, self.tolerance, self.stop_on_repeat, self.signed, self.seed = k, tolerance, stop_on_repeat, signed, seed
         generator = torch.Generator().manual_seed(seed)
         self.decoder = nn.Parameter(F.normalize(torch.randn(dict_size, input_size, generator=generator), dim=1))
-        self.decoder_bias = nn.Parameter(torch.zeros(input_size))
+        self.centre = centre
+        self.decoder_bias = nn.Parameter(torch.zeros(input_size)) if centre else None
         self._products: tuple[tuple[int, int], Tensor | None] | None = None
 
     @property
@@ -65,14 +67,15 @@ class MatchingPursuit(Dictionary):
         return self.decoder
 
     @property
-    def offset(self) -> Tensor:
-        """``[input_size]``."""
+    def offset(self) -> Tensor | None:
+        """``[input_size]``, or None."""
         return self.decoder_bias
 
     def encode(self, x: Tensor) -> Codes:
         """See `Dictionary.encode`; the atoms' products are kept between calls in eval mode."""
         self.check_input(x)
-        x = x.to(self.decoder.dtype) - self.decoder_bias
+        x = x.to(self.decoder.dtype)
+        x = x if self.decoder_bias is None else x - self.decoder_bias
         held = None if self.training else self._held()
         stops: dict[str, Any] = {"tolerance": self.tolerance, "stop_on_repeat": self.stop_on_repeat}
         return matching_pursuit(x, self.decoder, self.k, signed=self.signed, products=held, **stops)
@@ -86,7 +89,7 @@ class MatchingPursuit(Dictionary):
     def objective(self, batch: Batch) -> Objective:
         """Squared error summed over the width, mean over rows."""
         codes = self.encode(batch.x)
-        reconstruction = decode_codes(codes.values, codes.indices, self.decoder) + self.decoder_bias
+        reconstruction = self.decode(codes)
         error = (reconstruction - batch.target).square().sum(-1).mean()
         return Objective(error, codes, reconstruction, {"error": error})
 
@@ -105,7 +108,8 @@ class MatchingPursuit(Dictionary):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Offset and tolerance times ``factor``; the codes scale by themselves."""
-        self.decoder_bias.mul_(factor)
+        if self.decoder_bias is not None:
+            self.decoder_bias.mul_(factor)
         self.tolerance *= factor
 
     def fit(self, activations: Any, **options: Any) -> Any:
@@ -116,5 +120,5 @@ class MatchingPursuit(Dictionary):
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""
-        names = ("input_size", "dict_size", "k", "tolerance", "stop_on_repeat", "signed", "seed")
+        names = ("input_size", "dict_size", "k", "tolerance", "stop_on_repeat", "centre", "signed", "seed")
         return {name: getattr(self, name) for name in names}

@@ -28,7 +28,7 @@ class SparseConceptCoding(Dictionary):
         dict_size: number of atoms, at most ``input_size``.
         k: most entries of a code.
         num_neighbours: of a row in the graph.
-        ridge: ``alpha`` of the regression, relative to the mean squared norm of a column.
+        ridge: ``alpha`` of the regression for rows of norm 1; relative to the mean squared norm of a row.
         seed: of the eigenvectors' start.
     """
 
@@ -78,7 +78,7 @@ class SparseConceptCoding(Dictionary):
         smooth = neighbour_embedding(rows, self.dict_size, self.num_neighbours, self.seed)
         x, y = torch.from_numpy(rows), torch.from_numpy(smooth.copy())
         gram = x.T @ x
-        gram.diagonal().add_(self.ridge * float(gram.diagonal().mean()))
+        gram.diagonal().add_(self.ridge * float(x.square().sum(1).mean()))
         atoms = torch.linalg.solve(gram, x.T @ y).T
         self._atoms.copy_(atoms / atoms.norm(dim=1, keepdim=True).clamp_min(1e-30))
         return y
