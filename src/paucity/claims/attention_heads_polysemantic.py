@@ -3,11 +3,14 @@
 Paper: Kissane et al. 2024, https://arxiv.org/abs/2406.17759, section 4.2: of every head of GPT-2 small the authors read
 the ten features that it has the largest share in, and found all of one kind in at most one head of ten. Here nobody
 reads: the role of a feature in a head is where the head looks when the feature is strong, by the source token that
-gives most to it (the token itself, the one before, one after an earlier occurrence of it, an earlier occurrence, the
-first token, another one near or far). A head has several roles if of its ten features at least two have another role
-than most. Directions that mean nothing, drawn at random, go through the same as a control.
+gives most to it: the token itself, the one before, one after an earlier occurrence of it, an earlier occurrence, the
+first token, or another one near or far. The last two say little of a role, so that it is what is looked for there: a
+keyword, a word, a number, white space, another sign. A role is that of at least half of a feature's strongest tokens;
+without one, a feature counts for nothing. A head has several roles if at least two of its features have another role
+than most. The share with what is looked for left out is given beside it, as is that of directions drawn at random.
 """
 
+import keyword
 import time
 from collections import Counter
 from typing import Any
@@ -33,6 +36,7 @@ from .base import ClaimResult
 
 NAME = "attention-heads-polysemantic"
 FEATURES, EXAMPLES, NEAR, LENGTH, K = 10, 20, 8, 256, 16
+UNCLEAR = "unclear"
 SHARE = 0.9
 """The paper's: at least 90 % of the heads."""
 
@@ -53,6 +57,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     seeds = list(range(seed, seed + (1 if quick else 2)))
     found = [job.roles(layer, draw) for draw in seeds for layer in layers]
     several = [polysemantic(head) for each in found for head in each["features"]]
+    places = [polysemantic(_where(head)) for each in found for head in each["features"]]
     control = [polysemantic(head) for each in found for head in each["random"]]
     share = share_interval([float(each) for each in several])
     return ClaimResult(
@@ -63,6 +68,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
         measured={
             "share of heads": share.value,
             "interval": [share.low, share.high],
+            "share of heads, by where they look alone": sum(places) / len(places),
             "share of heads, random directions": sum(control) / len(control),
             "roles": {
                 f"seed {draw}": {
@@ -81,13 +87,13 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
 
 
 def polysemantic(roles: dict[str, int]) -> bool:
-    """Whether at least two features have another role than most."""
-    counts = sorted(roles.values(), reverse=True)
+    """Whether at least two features have another role than most; those without a clear role count for nothing."""
+    counts = sorted((count for name, count in roles.items() if name != UNCLEAR), reverse=True)
     return sum(counts[1:]) >= 2
 
 
-def role(ids: list[int], token: int, source: int) -> str:
-    """What the source token is to the token, in a text ``ids``."""
+def role(ids: list[int], words: list[str], token: int, source: int) -> str:
+    """What the source token is to the token, in a text of tokens ``ids`` that read ``words``."""
     if source == token:
         return "itself"
     if source == 0:
@@ -98,7 +104,33 @@ def role(ids: list[int], token: int, source: int) -> str:
         return "induction"
     if ids[source] == ids[token]:
         return "duplicate"
-    return "near" if token - source <= NEAR else "far"
+    return f"{'near' if token - source <= NEAR else 'far'} {kind(words[source])}"
+
+
+def kind(word: str) -> str:
+    """What a token is, by its text."""
+    bare = word.strip()
+    if not bare:
+        return "space"
+    if keyword.iskeyword(bare):
+        return "keyword"
+    if any(sign.isdigit() for sign in bare):
+        return "number"
+    return "word" if any(sign.isalpha() for sign in bare) else "sign"
+
+
+def clear(found: Counter[str]) -> str:
+    """The role that at least half of a feature's tokens have."""
+    name, count = found.most_common(1)[0]
+    return name if 2 * count >= found.total() else UNCLEAR
+
+
+def _where(roles: dict[str, int]) -> dict[str, int]:
+    """The same without what is looked for."""
+    found: Counter[str] = Counter()
+    for name, count in roles.items():
+        found[name.partition(" ")[0]] += count
+    return dict(found)
 
 
 class _Job:
@@ -117,6 +149,8 @@ class _Job:
         }
         held_out = text_windows(tokenizer, held_out_python(), LENGTH, max_tokens=2_048 if quick else 8_192)
         self.texts = [row.unsqueeze(0) for item in held_out for row in item]
+        self.ids = [row[0].tolist() for row in self.texts]
+        self.words = [[tokenizer.decode([token]) for token in ids] for ids in self.ids]
         self.settings = {
             "num_tokens": self.num_tokens,
             "text_tokens": sum(map(Tensor.numel, items)),
@@ -179,7 +213,7 @@ class _Job:
         return torch.cat(outputs), torch.stack(patterns), held.view(*held.shape[:-1], -1, size)
 
     def _role(self, strength: Tensor, direction: Tensor, head: int, patterns: Tensor, values: Tensor) -> str:
-        """The most frequent role of the strongest source over a feature's strongest tokens."""
+        """The role of the strongest source over a feature's strongest tokens."""
         length = patterns.shape[-1]
         part = direction.view(self.heads, -1)[head]
         found: Counter[str] = Counter()
@@ -187,5 +221,6 @@ class _Job:
             text, token = divmod(place, length)
             group = head * values.shape[2] // self.heads
             given = source_contributions(patterns[text, head, token : token + 1], values[text, :, group], part)
-            found[role(self.texts[text][0].tolist(), token, int(given[0, : token + 1].argmax()))] += 1
-        return found.most_common(1)[0][0]
+            source = int(given[0, : token + 1].argmax())
+            found[role(self.ids[text], self.words[text], token, source)] += 1
+        return clear(found)

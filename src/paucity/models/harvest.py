@@ -7,6 +7,7 @@ there is one for each query head), ``heads.2.1`` one of them, and ``patches.2`` 
 """
 
 import difflib
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -213,7 +214,8 @@ def _run(model: nn.Module, inputs: Inputs) -> None:
         return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
     if isinstance(inputs, Tensor) and not inputs.is_floating_point() and isinstance(model, PreTrainedModel):
-        model(input_ids=ready(inputs), use_cache=False)
+        known = inspect.signature(model.forward).parameters
+        model(input_ids=ready(inputs), **({"use_cache": False} if "use_cache" in known else {}))
     elif isinstance(inputs, Tensor):
         model(ready(inputs))
     else:
