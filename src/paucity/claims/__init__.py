@@ -214,7 +214,7 @@ CLAIMS: dict[str, Claim] = {
     "ra-sae-stability": Claim(
         "ra_sae_stability",
         "2502.12892",
-        "Trained from other seeds, RA-SAE finds nearly the same atoms and TopK does not, at about equal reconstruction.",
+        "From other seeds RA-SAE finds nearly the same atoms and TopK does not; both reconstruct about equally well.",
     ),
     "retrieval-heads-causal": Claim(
         "retrieval_heads_causal",

@@ -19,7 +19,7 @@ from .base import ClaimResult
 
 NAME = "itda-model-similarity"
 LAYERS, WIDTH, PLACES, ANCHORS = 8, 48, 16, 300
-K, THRESHOLD = 8, 0.2
+K, THRESHOLD = 8, 0.1
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:

@@ -42,12 +42,12 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     images: dict[str, str] = {}
     for draw in range(seed, seed + draws):
         patches = whitened_patches(pictures, side, 22_000 if not quick else 5_000, seed=draw)
-        learn, held_out = patches[:-2000], patches[-2000:]
+        learn, held_out = patches[:-1500], patches[-1500:]
         figures: dict[str, Any] = {}
         for coder in ("ista", "hard", "cel0"):
-            sparse = SparseCoding(side * side, atoms, coder, num_steps=50, seed=draw)  # type: ignore[arg-type]
+            sparse = SparseCoding(side * side, atoms, coder, num_steps=30, seed=draw)  # type: ignore[arg-type]
             for part in range(parts):
-                sparse.penalty = penalty_for(sparse, learn[:500], entries, halvings=10)
+                sparse.penalty = penalty_for(sparse, learn[:300], entries, halvings=10)
                 train(
                     sparse,
                     TensorSource(learn, seed=100 * draw + part),
@@ -56,8 +56,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
                     learning_rate=1e-2 / (1 + part),
                     normalise=False,
                 )
-            sparse.num_steps = 200
-            sparse.penalty = penalty_for(sparse, held_out, entries)
+            sparse.num_steps = 100
+            sparse.penalty = penalty_for(sparse, held_out[:500], entries)
             codes = sparse.encode(held_out)
             left = (sparse.decode(codes).detach() - held_out).square().sum()
             figures[coder] = {

@@ -52,7 +52,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
             one = Archetypal(
                 job.activations.shape[1], sizes.dict_size, sizes.k, num_centroids=count, delta=1.0, seed=draw
             )
-            one.place(shared if name == "shared" else kmeans_centroids(job.activations, count, seed=1 + draw))
+            places = shared if name == "shared" else kmeans_centroids(job.activations, count, seed=1 + draw)
+            one.place(places, job.activations[:1024])
             train(
                 one,
                 TensorSource(job.activations, seed=draw),

@@ -9,6 +9,7 @@ Activations are taken as they come, without an offset, since atoms are places in
 not have norm 1. The paper's other encoders (JumpReLU, BatchTopK) are not combined with it here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -105,12 +106,24 @@ class Archetypal(Dictionary):
         self.encoder.div_(factor)
 
     @torch.no_grad()
-    def place(self, centroids: Tensor) -> None:
-        """Take ``centroids [num_centroids, input_size]`` and start every atom at one of them, its encoder alike."""
+    def place(self, centroids: Tensor, sample: Tensor | None = None) -> None:
+        """Start every atom at a centroid, its row of the encoder in that direction.
+
+        Args:
+            centroids: ``[num_centroids, input_size]``.
+            sample: ``[n, input_size]``, activations for which the common factor starts at its best; else it is 1.
+        """
         check_shape("Archetypal.place", "centroids", centroids, self.num_centroids, self.input_size)
         self.centroids.copy_(centroids)
         self.mixing.copy_(torch.eye(self.dict_size, self.num_centroids))
         self.away.zero_()
+        self.log_scale.zero_()
+        self.encoder.copy_(F.normalize(self.centroids[: self.dict_size], dim=1))
+        self.encoder_bias.zero_()
+        if sample is not None:
+            made = self(sample)
+            best = float((made * sample).sum() / made.square().sum().clamp_min(1e-12))
+            self.log_scale.fill_(math.log(max(best, 1e-6)))
 
     def fit(self, activations: Any, *, centroids: Tensor | None = None, **options: Any) -> Any:
         """Find centroids by k-means, unless given, and train; see `paucity.dictionary.trainer.train`.
@@ -124,7 +137,7 @@ class Archetypal(Dictionary):
 
         if centroids is None:
             centroids = kmeans_centroids(activations, self.num_centroids, seed=self.seed)
-        self.place(centroids)
+        self.place(centroids, as_source(activations).sample(1024))
         return train(self, activations, **({"normalise": False, "centre": False} | options))
 
     def settings(self) -> dict[str, Any]:

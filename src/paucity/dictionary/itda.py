@@ -5,10 +5,10 @@ atoms so far; an activation whose squared error, relative to its squared norm, e
 norm 1. Nothing is trained. Atoms know where they come from (prompt and token), so that dictionaries of two models on
 the same text can be compared by the Jaccard index of their origins.
 
-Within a batch the activations that are in error are admitted one after the other, the worst first, each only if it is
-still in error when the ones before it are atoms; that is where this differs from admitting whole batches, which would
-admit copies. Activations are coded by signed products, without an offset. Not implemented: the paper's distributed
-construction.
+Within a batch the activations that are in error are admitted in their order, but for those that resemble an earlier
+one; these are coded again with the new atoms. That keeps copies out, and the same order of text gives dictionaries of
+two models that can be compared. Activations are coded by signed products, without an offset. Not implemented: the
+paper's distributed construction.
 """
 
 from collections.abc import Iterator
@@ -130,14 +130,12 @@ class ITDA(Dictionary):
             errors = self._errors(rows)
         while len(self._atoms) < self.most and bool((wrong := errors > self.threshold).any()):
             rows, origins, errors = rows[wrong], origins[wrong], errors[wrong]
-            group = errors.argsort(descending=True, stable=True)[: self.most - len(self._atoms)]
-            # Those that no atom of the group before them resembles are admitted together; the rest is coded again.
-            resembles = (rows[group] @ rows[group].T).abs().tril_(-1) ** 2
-            fresh = group[resembles.amax(1) < 1 - self.threshold]
-            self._add(rows[fresh], origins[fresh])
-            left = torch.ones(len(rows), dtype=torch.bool)
-            left[fresh] = False
-            rows, origins = rows[left], origins[left]
+            # Those that none before them resembles are admitted together; the rest is coded again.
+            resembles = (rows @ rows.T).square().tril_(-1)
+            fresh = resembles.amax(1) < 1 - self.threshold
+            room = self.most - len(self._atoms)
+            self._add(rows[fresh][:room], origins[fresh][:room])
+            rows, origins = rows[~fresh], origins[~fresh]
             if not len(rows):
                 break
             errors = self._errors(rows)
