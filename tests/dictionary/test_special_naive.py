@@ -172,27 +172,28 @@ def test_top_afa():
     check_gradients(sae, batch, dense)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_variational(learned):
-    rule = Variational(3, kl=0.3, warmup=0.5, learned=learned, seed=4)
+@pytest.mark.parametrize("fixed", [0.0, 1.0, None])
+def test_variational(fixed):
+    rule = Variational(3, kl=0.3, warmup=0.5, deviation=fixed, seed=4)
     sae = make(rule)
     batch = batch_of(step=1)  # of 10: a second step of five to the full weight
     noise = torch.randn(16, 20, generator=torch.Generator().manual_seed(4 * 1_000_003 + 1), dtype=torch.float64)
 
     def deviation(s, x):
-        if not learned:
-            return torch.ones(16, 20, dtype=torch.float64)
+        if fixed is not None:
+            return torch.full((16, 20), fixed, dtype=torch.float64)
         return (F.linear(x - s.decoder_bias, s.rule.encoder, s.rule.bias).clamp(-6, 2) / 2).exp()
 
     def dense(s, b):
         mean, spread = pre(s, b.x).relu(), deviation(s, b.x)
         z = mean + spread * noise
         normal = torch.distributions.Normal
-        nats = torch.distributions.kl_divergence(normal(mean, spread), normal(0, 1)).sum(1).mean()
+        known = spread if fixed is None else torch.ones_like(spread)
+        nats = torch.distributions.kl_divergence(normal(mean, known), normal(0, 1)).sum(1).mean()
         return dense_loss(s, b, z * row_mask(z.detach().abs(), 3)) + 0.3 * 0.4 * nats
 
     check_gradients(sae, batch, dense)
     other = rule.train_codes(sae, batch_of(step=2)).codes.to_dense()
-    assert not torch.equal(rule.train_codes(sae, batch).codes.to_dense() != 0, other != 0)
+    assert torch.equal(rule.train_codes(sae, batch).codes.to_dense() != 0, other != 0) == (fixed == 0)
     u = pre(sae, batch.x)
     torch.testing.assert_close(sae.encode(batch.x).to_dense(), u.relu() * row_mask(u, 3))

@@ -24,7 +24,7 @@ RULES = {
     "gradient_topk": lambda: GradientTopK(3, beta=2.0),
     "top_afa": lambda: TopAFA(0.25),
     "variational": lambda: Variational(3, kl=0.1),
-    "variational_learned": lambda: Variational(3, kl=0.1, learned=True),
+    "variational_learned": lambda: Variational(3, kl=0.1, deviation=None),
 }
 
 

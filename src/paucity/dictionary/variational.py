@@ -2,10 +2,12 @@
 
 Paper: Baker and Li 2025, https://arxiv.org/abs/2509.22994: ``z = mu + sigma * noise`` with ``mu = relu(W_enc (x - b) +
 b_enc)``; the k of largest ``|z|`` are kept, and the loss gets ``kl * KL(N(mu, sigma^2) | N(0, 1))``, summed over all
-atoms, whose weight rises over the first tenth of the training. ``sigma`` is 1, or learned by an encoder of its own.
+atoms, whose weight rises over the first tenth of the training. ``sigma`` is fixed, or learned by an encoder of its own.
 Encoding takes ``mu``. The paper's finding is negative: many more dead atoms than TopK has, and worse reconstruction.
-Its weight of the divergence belongs to another scale of activations; here it is a factor on nats where the error is
-summed over the width.
+The text has ``sigma`` 1 where it is fixed, code of such models takes ``mu`` itself then (`deviation` 0). The weight of
+the divergence belongs to another scale of activations; here it is a factor on nats where the error is summed over the
+width. With noise of 1 an atom's value has to be well above 1 to be chosen for what it is: where activations have the
+norm ``sqrt(width)`` that few entries explain, large weights let nothing through (see the claim).
 """
 
 from typing import Any
@@ -34,26 +36,28 @@ class Variational(Rule):
         k: entries of a code, at most the atoms that there are.
         kl: weight of the divergence, in nats, beside the error summed over the width.
         warmup: share of the training over which the weight rises.
-        learned: whether an encoder of its own gives the variances; they are 1 if not.
+        deviation: of the noise, in the scale of training; None has an encoder of its own learn it.
         seed: of the noise, which depends on nothing else but the step.
     """
 
     log_scale: Tensor
 
     def __init__(
-        self, k: int = 32, *, kl: float = 1.0, warmup: float = 0.1, learned: bool = False, seed: int = 0
+        self, k: int = 32, *, kl: float = 0.1, warmup: float = 0.1, deviation: float | None = 1.0, seed: int = 0
     ) -> None:
         super().__init__()
         check_int("Variational", "k", k)
         check_range("Variational", "kl", kl, 0)
         check_range("Variational", "warmup", warmup, 0, 1)
-        self.k, self.kl, self.warmup, self.learned, self.seed = k, kl, warmup, learned, seed
+        if deviation is not None:
+            check_range("Variational", "deviation", deviation, 0)
+        self.k, self.kl, self.warmup, self.deviation, self.seed = k, kl, warmup, deviation, seed
         self.register_buffer("log_scale", torch.zeros(()))
 
     def attach(self, sae: SparseAutoencoder) -> None:
-        """Make the encoder of variances; raise InputError if there are fewer atoms than ``k``."""
+        """Make the encoder of deviations; raise InputError if there are fewer atoms than ``k``."""
         check_int("Variational", "k", self.k, 1, sae.dict_size)
-        if self.learned:
+        if self.deviation is None:
             self.encoder = nn.Parameter(torch.zeros(sae.dict_size, sae.input_size))
             self.bias = nn.Parameter(torch.full((sae.dict_size,), FIRST))
 
@@ -68,11 +72,11 @@ class Variational(Rule):
         with torch.no_grad():
             mean = sae.pre(batch.x).relu_()
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
-            noise *= self._deviation(self._log_variance(sae, batch.x, None))
+            noise *= self._deviations(sae, batch.x, None)
             _, indices = topk(mean + noise, self.k, by_abs=True)
             at = noise.gather(1, indices.long())
-        if self.learned:  # noise is deviation times epsilon: put the gradient of the deviation back
-            deviation = self._deviation(self._log_variance(sae, batch.x, indices))
+        if self.deviation is None:  # noise is deviation times epsilon: put the gradient of the deviation back
+            deviation = self._deviations(sae, batch.x, indices)
             at = at / deviation.detach() * deviation
         codes = Codes(sae.kept(batch.x, indices).relu() + at, indices, sae.dict_size)
         if not self.kl:
@@ -82,7 +86,8 @@ class Variational(Rule):
     def divergence(self, sae: SparseAutoencoder, x: Tensor) -> Tensor:
         """Nats of ``KL(N(mu, sigma^2) | N(0, 1))`` over all atoms, mean over rows ``[n, input_size]``.
 
-        Rows are done in portions that the backward pass computes once more: nothing ``[n, dict_size]`` is kept.
+        Without what is constant where the deviation is fixed. Rows are done in portions that the backward pass computes
+        once more: nothing ``[n, dict_size]`` is kept.
         """
         parts = [checkpoint(self._nats, sae, rows, use_reentrant=False) for rows in torch.split(x, ROWS)]
         return torch.stack(parts).sum() / max(1, len(x))
@@ -91,22 +96,22 @@ class Variational(Rule):
         scale = self.log_scale.exp()
         mean = F.linear(sae.centred(x), sae.encoder, sae.encoder_bias).relu() / scale
         nats = mean.square().sum()
-        if self.learned:
+        if self.deviation is None:
             log_variance = self._log_variance(sae, x, None)
             nats = nats + (log_variance.exp() - 1 - log_variance).sum()
         return nats / 2
 
     def _log_variance(self, sae: SparseAutoencoder, x: Tensor, indices: Tensor | None) -> Tensor:
         """In the scale of training: of all atoms, or at ``indices``."""
-        if not self.learned:
-            return x.new_zeros(())
         x = sae.centred(x) / self.log_scale.exp()
         if indices is None:
             return F.linear(x, self.encoder, self.bias).clamp(LOWEST, HIGHEST)
         return encode_kept(x, self.encoder, self.bias, indices).clamp(LOWEST, HIGHEST)
 
-    def _deviation(self, log_variance: Tensor) -> Tensor:
-        return (log_variance / 2 + self.log_scale).exp()
+    def _deviations(self, sae: SparseAutoencoder, x: Tensor, indices: Tensor | None) -> Tensor:
+        if self.deviation is not None:
+            return self.log_scale.exp() * self.deviation
+        return (self._log_variance(sae, x, indices) / 2 + self.log_scale).exp()
 
     def rescale(self, factor: float) -> None:
         """See `Rule.rescale`; the Gaussians keep the scale of training."""
@@ -114,5 +119,5 @@ class Variational(Rule):
 
     def settings(self) -> dict[str, Any]:
         """See `Rule.settings`."""
-        names = ("k", "kl", "warmup", "learned", "seed")
+        names = ("k", "kl", "warmup", "deviation", "seed")
         return {name: getattr(self, name) for name in names}
