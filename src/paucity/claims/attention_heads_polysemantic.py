@@ -151,6 +151,7 @@ class _Job:
         self.texts = [row.unsqueeze(0) for item in held_out for row in item]
         self.ids = [row[0].tolist() for row in self.texts]
         self.words = [[tokenizer.decode([token]) for token in ids] for ids in self.ids]
+        self.seen = self._look(layers)
         self.settings = {
             "num_tokens": self.num_tokens,
             "text_tokens": sum(map(Tensor.numel, items)),
@@ -169,7 +170,7 @@ class _Job:
         trained = train(
             sae, TensorSource(rows, seed=seed), num_tokens=self.num_tokens, batch_size=1024, learning_rate=1e-3
         )
-        z, patterns, values = self._seen(layer)
+        z, patterns, values = self.seen[layer]
         with torch.no_grad():
             strength = sae.encode(z).to_dense().T  # of few texts
             drawn = torch.randn(self.heads * FEATURES, width, generator=torch.Generator().manual_seed(seed))
@@ -190,27 +191,30 @@ class _Job:
             )
         return {"features": features, "random": controls, "fvu": trained.history[-1].fvu[0]}
 
-    def _seen(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(self, layers: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """Outputs ``[texts * T, width]``, patterns ``[texts, heads, T, T]`` and values ``[texts, T, groups, d]``."""
-        hooks = [find_hook(self.model, f"heads.{layer}")]
-        hooks.append(find_hook(self.model, f"{hooks[0].module.rpartition('.')[0]}.v_proj"))
-        outputs, patterns, values = [], [], []
+        outputs = {layer: find_hook(self.model, f"heads.{layer}") for layer in layers}
+        values = {
+            layer: find_hook(self.model, f"{hook.module.rpartition('.')[0]}.v_proj") for layer, hook in outputs.items()
+        }
+        found = [harvest(self.model, [*outputs.values(), *values.values()], ids) for ids in self.texts]
         config: Any = self.model.config
         before = config._attn_implementation
-        for ids in self.texts:
-            found = harvest(self.model, hooks, ids)
-            outputs.append(found[hooks[0].name].float())
-            values.append(found[hooks[1].name].float())
-            self.model.set_attn_implementation("eager")  # type: ignore[operator]
-            try:
-                with evaluating(self.model):
-                    shown = self.model(input_ids=ids, use_cache=False, output_attentions=True).attentions[layer]
-            finally:
-                self.model.set_attn_implementation(before)  # type: ignore[operator]
-            patterns.append(shown[0].float())
-        size = outputs[0].shape[1] // self.heads
-        held = torch.stack(values)
-        return torch.cat(outputs), torch.stack(patterns), held.view(*held.shape[:-1], -1, size)
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+        try:
+            with evaluating(self.model):
+                shown = [
+                    self.model(input_ids=ids, use_cache=False, output_attentions=True).attentions for ids in self.texts
+                ]
+        finally:
+            self.model.set_attn_implementation(before)  # type: ignore[operator]
+        seen = {}
+        for layer in layers:
+            z = torch.cat([each[outputs[layer].name] for each in found]).float()
+            v = torch.stack([each[values[layer].name] for each in found]).float()
+            patterns = torch.stack([each[layer][0] for each in shown]).float()
+            seen[layer] = z, patterns, v.view(*v.shape[:-1], -1, z.shape[1] // self.heads)
+        return seen
 
     def _role(self, strength: Tensor, direction: Tensor, head: int, patterns: Tensor, values: Tensor) -> str:
         """The role of the strongest source over a feature's strongest tokens."""
