@@ -1,0 +1,81 @@
+"""Parts of the claims on pursuit and classical coding: trees, indices of similarity, patches, pictures of atoms."""
+
+import base64
+import struct
+
+import pytest
+import torch
+
+from paucity.claims.itda_model_similarity import linear_cka, relative_similarity, svcca
+from paucity.claims.mp_sae_hierarchical import LONE, PARENTS, WIDTH, Tree, _measure
+from paucity.claims.natural_images import atoms_png, orientation, whitened_patches
+from paucity.dictionary.matching_pursuit import MatchingPursuit
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3])
+def test_a_tree_is_as_it_is_said(correlation):
+    tree = Tree.draw(correlation, seed=1)
+    gram = tree.concepts @ tree.concepts.T
+    torch.testing.assert_close(gram.diagonal(), torch.ones(WIDTH))
+    top = PARENTS + LONE
+    assert gram[:top, :top].fill_diagonal_(correlation).sub(correlation).abs().max() < 1e-5
+    assert gram[:top, top:].abs().max() < 1e-5
+    torch.testing.assert_close(gram[top, top + 1], torch.tensor(correlation), atol=1e-5, rtol=0)
+    assert abs(float(gram[top, top + 3])) < 1e-5
+    codes = tree.sample(20_000, 0) @ torch.linalg.inv(tree.concepts)
+    active = codes.abs() > 0.05
+    assert abs(float(active.sum(1).float().mean()) - 1.36) < 0.02
+    assert (active[:, :top].sum(1) == 1).float().mean() > 0.999
+    children = active[:, top : top + 3].any(1)
+    assert active[children, 0].float().mean() > 0.999
+
+
+def test_the_true_atoms_are_found_to_be_true():
+    tree = Tree.draw(0.3, seed=2)
+    perfect = MatchingPursuit(WIDTH, WIDTH, 20, tolerance=0.05, stop_on_repeat=True, centre=False)
+    with torch.no_grad():
+        perfect.decoder.copy_(tree.concepts[torch.randperm(WIDTH)])
+    figures = _measure(perfect, tree, tree.sample(500, 3))
+    assert figures["mcc"] > 0.9999
+    assert figures["parent_in_child"] < 1e-3
+    with torch.no_grad():
+        perfect.decoder.copy_(tree.concepts)
+        merged = tree.concepts[PARENTS + LONE] + tree.concepts[0]
+        perfect.decoder[PARENTS + LONE] = merged / merged.norm()
+    assert _measure(perfect, tree, tree.sample(500, 3))["parent_in_child"] > 0.05
+
+
+def test_indices_of_similarity_know_a_rotation():
+    x, turn = torch.randn(400, 12), torch.linalg.qr(torch.randn(12, 12))[0]
+    other = torch.randn(400, 12)
+    for index in (linear_cka, svcca, lambda a, b: relative_similarity(a, b, seed=0)):
+        assert index(x, x @ turn) == pytest.approx(1, abs=1e-3)
+        assert index(x, other) < 0.5
+
+
+def test_patches_are_white():
+    generator = torch.Generator().manual_seed(0)
+    rough = torch.randn(2, 80, 90, generator=generator)
+    pictures = list(torch.nn.functional.avg_pool2d(rough, 5, 1))
+    patches = whitened_patches(pictures, 6, 4000, seed=0)
+    assert patches.shape == (4000, 36)
+    assert patches.norm(dim=1).mean() == pytest.approx(1, abs=1e-5)
+    values = torch.linalg.eigvalsh(patches.T @ patches / 4000)
+    assert values[-1] / values.median() < 40
+    assert torch.equal(patches, whitened_patches(pictures, 6, 4000, seed=0))
+
+
+def test_orientation_of_a_grating_and_of_a_spot():
+    rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    grating = torch.cos(2 * torch.pi * (cols + 2 * rows) / 12)
+    spot = torch.exp(-((rows - 5.5) ** 2 + (cols - 5.5) ** 2) / 3)
+    found = orientation(torch.stack([grating, spot]).flatten(1), 12)
+    assert found[0] > 0.99
+    assert found[1] < 0.45
+
+
+def test_the_picture_of_atoms_is_a_png_of_their_size():
+    pytest.importorskip("matplotlib")
+    data = base64.b64decode(atoms_png(torch.randn(9, 16), 4))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (16, 16)
