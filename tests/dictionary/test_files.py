@@ -13,6 +13,7 @@ from paucity.dictionary.abs_topk import AbsTopK
 from paucity.dictionary.batch_topk import BatchTopK
 from paucity.dictionary.files import load_dictionary, read_facts, save_dictionary
 from paucity.dictionary.gated import Gated
+from paucity.dictionary.itda import ITDA
 from paucity.dictionary.jumprelu import JumpReLU
 from paucity.dictionary.matching_pursuit import MatchingPursuit
 from paucity.dictionary.matryoshka import matryoshka_sae
@@ -66,6 +67,17 @@ def test_a_dictionary_comes_back_bit_by_bit(tmp_path, name, dtype):
     assert torch.equal(found.encode(inputs()).to_dense(), dictionary.encode(inputs()).to_dense())
     assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in dictionary.parameters()]
     assert read_facts(tmp_path / "deep" / "one") == {"hook": "layers.1"}
+
+
+def test_atoms_that_fit_has_found_come_back(tmp_path):
+    dictionary = ITDA(D, 15, K, threshold=0.1)
+    count = dictionary.fit(torch.randn(40, D, generator=torch.Generator().manual_seed(0)))
+    save_dictionary(dictionary, tmp_path)
+    found = load_dictionary(tmp_path)
+    assert found.dict_size == count > 0
+    assert torch.equal(found.atoms, dictionary.atoms)
+    assert torch.equal(found.origins, dictionary.origins)
+    assert torch.equal(found(inputs()), dictionary(inputs()))
 
 
 def test_one_that_is_read_can_be_trained_on(tmp_path):

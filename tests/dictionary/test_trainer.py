@@ -50,7 +50,10 @@ def kill_at(step):
 @pytest.mark.parametrize("rule", [TopK, BatchTopK, None])
 def test_a_killed_training_goes_on_exactly(tmp_path, rule, stop):
     def fresh():
-        return [make(JumpReLU() if rule is None else rule(2), seed=seed, drawn_prefixes=seed) for seed in (0, 1)]
+        made = [make(JumpReLU() if rule is None else rule(2), seed=seed, drawn_prefixes=seed) for seed in (0, 1)]
+        with torch.no_grad():
+            made[0].encoder_bias[:3] = -100.0  # silent from the start, and told so after 60 tokens
+        return made
 
     whole = fresh()
     expected = train(whole, data(), **SHORT)
@@ -63,6 +66,7 @@ def test_a_killed_training_goes_on_exactly(tmp_path, rule, stop):
     assert same(states(*after), states(*whole))
     assert steps[0] == (stop - 1) // 3 * 3 + 1  # what is told is not yet written
     assert found.history == expected.history
+    assert expected.history[-1].silent[0] > 0
     assert found.scale == expected.scale
 
 

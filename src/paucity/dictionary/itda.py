@@ -11,7 +11,7 @@ two models that can be compared. Activations are coded by signed products, witho
 paper's distributed construction.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -150,6 +150,12 @@ class ITDA(Dictionary):
     def _add(self, rows: Tensor, origins: Tensor) -> None:
         self._atoms = torch.cat([self._atoms, rows])
         self.origins = torch.cat([self.origins, origins.to(self.origins)])
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See `Dictionary.make_room`: as many atoms as were found."""
+        count = shapes.get("_atoms", (0,))[0]
+        self._atoms, self.origins = self._atoms.new_zeros(count, self.input_size), self.origins.new_zeros(count, 2)
+        self.dict_size = max(1, count)
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""
