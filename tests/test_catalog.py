@@ -81,6 +81,7 @@ SHARED_FILES = {
     "wrapped",
     "build",
     "job",
+    "ioi_task",
     "judge",
     "live",
     "mixing",

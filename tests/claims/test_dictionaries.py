@@ -14,6 +14,7 @@ from paucity.models.load import Loaded, byte_tokenizer
 TINY = Sizes(2 * LENGTH, 2 * LENGTH, LENGTH, 512, 128, 48, 4, 2)
 NAMES = (
     "abstopk-bidirectional",
+    "dark-matter-linear",
     "gsae-more-faithful",
     "mutual-feature-choice-fewer-dead",
     "top-afa-no-k",

@@ -36,6 +36,11 @@ CLAIMS: dict[str, Claim] = {
         "2409.13199",
         "Sharing neurons out by how far blocks turn the hidden states keeps a model better than equal shares do.",
     ),
+    "dark-matter-linear": Claim(
+        "dark_matter_linear",
+        "2410.14670",
+        "About half of an autoencoder's error, and over 90 % of its squared norm, is linear in the activation.",
+    ),
     "decode-sparser-than-prefill": Claim(
         "decode_sparser_than_prefill",
         "2504.17768",
@@ -106,6 +111,12 @@ CLAIMS: dict[str, Claim] = {
         "hyper_scaling",
         "2310.05869",
         "HyperAttention's time grows with a smaller exponent than exact attention's, with and without a causal mask.",
+    ),
+    "ioi-supervised-beats-sae-control": Claim(
+        "ioi_supervised_beats_sae_control",
+        "2405.08366",
+        "A dictionary that knows a task's attributes controls a model better by its edits than a sparse autoencoder does; "
+        "here on recall with the attributes of indirect object identification, which the embedded model cannot do.",
     ),
     "itda-model-similarity": Claim(
         "itda_model_similarity",
