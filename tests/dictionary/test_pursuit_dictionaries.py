@@ -124,9 +124,10 @@ def test_archetypal_atoms_stay_near_the_hull():
     sae.fit(x, centroids=centroids, num_tokens=60_000, batch_size=256, learning_rate=1e-2)
     assert (sae.mixing >= 0).all()
     torch.testing.assert_close(sae.mixing.sum(1), torch.ones(12))
-    assert (sae.away.norm(dim=1) <= 0.2 + 1e-5).all()
+    assert (sae.away.norm(dim=1) <= sae.delta + 1e-5).all()
     hull = sae.atoms / sae.log_scale.exp() - sae.mixing @ centroids
-    assert (hull.norm(dim=1) <= 0.2 + 1e-4).all()
+    assert (hull.norm(dim=1) <= sae.delta + 1e-4).all()
+    torch.testing.assert_close(sae.centroids, centroids)
     untrained = Archetypal(16, 12, k=3, num_centroids=40)
     untrained.place(centroids)
     assert (sae(x) - x).square().mean() < 0.8 * (untrained(x) - x).square().mean()

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..dictionary.archetypal import Archetypal, kmeans_centroids
 from ..dictionary.sources import TensorSource
 from ..dictionary.topk import TopK
-from ..dictionary.trainer import train
 from ..ops.matching import matched_cosines
 from . import CLAIMS, dictionaries
 from .base import ClaimResult
@@ -34,10 +33,12 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         seed: of the first draw; the others follow.
     """
     started = time.monotonic()
-    sizes = dictionaries.Sizes(text_tokens=65_536, held_out_tokens=16_384, num_tokens=196_608, dict_size=512)
+    sizes = dictionaries.Sizes(
+        text_tokens=65_536, held_out_tokens=16_384, num_tokens=196_608, batch_size=512, dict_size=512
+    )
     if quick:
         sizes = dictionaries.Sizes(
-            text_tokens=8_192, held_out_tokens=4_096, num_tokens=32_768, dict_size=128, k=8, seeds=2
+            text_tokens=8_192, held_out_tokens=4_096, num_tokens=32_768, batch_size=512, dict_size=128, k=8, seeds=2
         )
     job = dictionaries.Embedded(NAME, sizes, seed=seed)
     count = CENTROIDS * sizes.dict_size
@@ -52,16 +53,12 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
             one = Archetypal(
                 job.activations.shape[1], sizes.dict_size, sizes.k, num_centroids=count, delta=1.0, seed=draw
             )
-            places = shared if name == "shared" else kmeans_centroids(job.activations, count, seed=1 + draw)
-            one.place(places, job.activations[:1024])
-            train(
-                one,
+            one.fit(
                 TensorSource(job.activations, seed=draw),
+                centroids=shared if name == "shared" else kmeans_centroids(job.activations, count, seed=1 + draw),
                 num_tokens=sizes.num_tokens,
                 batch_size=sizes.batch_size,
                 learning_rate=1e-3,
-                normalise=False,
-                centre=False,
             )
             atoms[name].append(one.atoms.detach())
             fvu[name].append(job.kept(one).fvu)

@@ -32,7 +32,8 @@ class Archetypal(Dictionary):
         dict_size: number of atoms.
         k: entries of a code.
         num_centroids: candidates, at least ``dict_size``; twice ``dict_size`` if not given.
-        delta: how far an atom may leave the hull, before the common factor.
+        delta: how far an atom may leave the hull, before the common factor; for activations of mean norm
+            ``sqrt(input_size)``, to which training scales them.
         seed: of the centroids and of the encoder.
 
     Attributes:
@@ -131,14 +132,22 @@ class Archetypal(Dictionary):
         Args:
             activations: ``[n, input_size]`` or a source.
             centroids: ``[num_centroids, input_size]``, in the unit of the activations.
-            options: of `train`; activations are not rescaled, as the centroids are among them.
+            options: of `train`. Where it scales activations, ``delta`` is in the unit of the scaled ones.
         """
-        from .trainer import train
+        from .trainer import TrainOptions, train
 
+        given = {"keep": options.pop("keep", None), "on_progress": options.pop("on_progress", None)}
+        base: TrainOptions = options.pop("options", None) or TrainOptions(centre=False)
+        plan = TrainOptions.model_validate(base.model_dump() | options)
+        source = as_source(activations)
         if centroids is None:
             centroids = kmeans_centroids(activations, self.num_centroids, seed=self.seed)
-        self.place(centroids, as_source(activations).sample(1024))
-        return train(self, activations, **({"normalise": False, "centre": False} | options))
+        sample = source.sample(max(plan.batch_size, 1024)).float()
+        scale = 1.0
+        if plan.normalise:
+            scale = math.sqrt(sample.shape[1]) / max(float(sample.norm(dim=1).mean()), 1e-12)
+        self.place(centroids * scale, sample * scale)
+        return train(self, source, options=plan, **given)
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""
