@@ -15,7 +15,7 @@ from paucity.dictionary.mutual_choice import MutualChoice
 from paucity.dictionary.sae import SparseAutoencoder
 from paucity.dictionary.top_afa import TopAFA
 from paucity.dictionary.topk import TopK
-from paucity.dictionary.usage import under_used, zipf_fit
+from paucity.dictionary.usage import Usage, under_used, zipf_fit
 from paucity.dictionary.variational import Variational
 
 from .test_special_rules import batch_of, check_gradients, dense_loss, make
@@ -76,8 +76,10 @@ def test_mutual_choice(margin):
     kept = mutual_mask(pre(sae, batch.x), 3)
     assert int(kept.sum()) == 48
     density = kept.double().mean(0)
-    auxiliary = under_used(density, margin) if margin else torch.zeros(20, dtype=torch.bool)
-    assert bool(auxiliary.any()) == bool(margin)
+    under = under_used(density, margin).nonzero().flatten().tolist() if margin else []
+    assert len(under) > 3 or not margin
+    auxiliary = torch.zeros(20, dtype=torch.bool)
+    auxiliary[sorted(under, key=lambda atom: (float(density[atom]), atom))[:3]] = True  # k_aux is 3
     check_gradients(sae, batch, lambda s, b: dense_loss(s, b, pre(s, b.x).relu() * kept, auxiliary))
     lowest = float(pre(sae, batch.x)[kept].min().detach())
     after = pre(sae, batch_of(seed=5).x)
@@ -131,6 +133,13 @@ def test_zipf():
     assert not under_used(density[:60], 0.5).any()
     assert zipf_fit(torch.zeros(4)) == (0.0, 0.0)
     assert under_used(torch.zeros(4), 0.5).all()
+    usage = Usage(0.5, 0.1)
+    usage.attach(100)
+    usage.density.copy_(density)
+    silent = rank > 97
+    assert torch.equal(usage.neglected(silent, 2), silent)  # the silent come first
+    assert torch.equal(usage.neglected(silent, 5).nonzero().flatten(), torch.tensor([95, 96, 97, 98, 99]))
+    assert torch.equal(usage.neglected(silent, 90), found)
     with pytest.raises(InputError, match="margin must be"):
         MutualChoice(3, margin=-1.0)
 

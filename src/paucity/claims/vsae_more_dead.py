@@ -16,11 +16,10 @@ NAME = "vsae-more-dead"
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
-    """Train TopK and vSAEs, with variance 1 and with learned variances, on the same batches.
+    """Train TopK and vSAEs on the same batches: with learned variances as in the paper, with variance 1, without noise.
 
-    It holds if, in every draw, the vSAE with variance 1 leaves a larger share of atoms without a code on the held-out
-    tokens than TopK does, and more of the variance unexplained. Those with learned variances and without noise are
-    reported.
+    It holds if, in every draw, the vSAE with learned variances leaves a larger share of atoms without a code on the
+    held-out tokens than TopK does, and more of the variance unexplained; the others are reported.
 
     Args:
         quick: less data, fewer atoms and one draw.
@@ -34,8 +33,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         k = job.sizes.k
         rules: dict[str, Rule] = {
             "topk": TopK(k),
-            "variance_1": Variational(k, seed=draw),
-            "variance_learned": Variational(k, deviation=None, seed=draw),
+            "vsae": Variational(k, seed=draw),
+            "variance_1": Variational(k, deviation=1.0, seed=draw),
             "no_noise": Variational(k, deviation=0.0, seed=draw),
         }
         found = zip(rules, job.train(list(rules.values()), draw), strict=True)
@@ -47,8 +46,7 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         paper_figure={"direction": "far fewer living features than TopK, and lower explained variance"},
         measured={"draws": draws},
         holds=all(
-            each["variance_1"]["dead"] > each["topk"]["dead"] and each["variance_1"]["fvu"] > each["topk"]["fvu"]
-            for each in draws
+            each["vsae"]["dead"] > each["topk"]["dead"] and each["vsae"]["fvu"] > each["topk"]["fvu"] for each in draws
         ),
         seconds=time.monotonic() - started,
         seed=seed,

@@ -103,7 +103,7 @@ class FeatureChoice(Rule):
 
     def neglected(self, sae: SparseAutoencoder, batch: Batch) -> Tensor:
         """See `Rule.neglected`; aux_zipf_loss."""
-        return self.usage.neglected(super().neglected(sae, batch))
+        return self.usage.neglected(super().neglected(sae, batch), sae.k_aux)
 
     def rescale(self, factor: float) -> None:
         """See `Rule.rescale`."""

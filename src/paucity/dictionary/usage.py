@@ -3,8 +3,8 @@
 Paper: Ayonrinde 2024, https://arxiv.org/abs/2411.02124. AuxK (Gao et al. 2024) gives what is left of the reconstruction
 to atoms that are dead; aux_zipf_loss gives it to all that are used less than expected, since the densities of atoms,
 ranked, follow a Zipf curve. No code is public and the paper's constants are not known to us: that the curve is fit by
-least squares on the logarithms with weight ``1 / rank`` (so that every octave of ranks counts alike), and that an atom
-counts as under-used below a share of the curve, is ours.
+least squares on the logarithms with weight ``1 / rank`` (so that every octave of ranks counts alike), that an atom
+counts as under-used below a share of the curve, and that the dead come first, is ours.
 """
 
 import torch
@@ -78,6 +78,16 @@ class Usage(nn.Module):
         self.density.lerp_(share.to(self.density.dtype), self.weight)
         self.batches += 1
 
-    def neglected(self, silent: Tensor) -> Tensor:
-        """What the auxiliary loss trains: what has been ``silent`` for long, and what is under-used."""
-        return silent | under_used(self.density, self.margin) if self.margin else silent
+    @torch.no_grad()
+    def neglected(self, silent: Tensor, most: int) -> Tensor:
+        """What the auxiliary loss trains, ``[dict_size]`` bool: what has been ``silent`` for long, then the under-used.
+
+        """What the auxiliary loss trains, ``[dict_size]`` bool: what was ``silent`` for long, then the under-used.
+        therefore only get what the silent leave of ``most`` places, the least used first.
+        """
+        room = most - int(silent.sum())
+        if not self.margin or room <= 0:
+            return silent
+        under = under_used(self.density, self.margin) & ~silent
+        first = self.density.masked_fill(~under, torch.inf).argsort(stable=True)[: min(room, int(under.sum()))]
+        return silent.index_fill(0, first, True)

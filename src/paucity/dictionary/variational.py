@@ -4,10 +4,10 @@ Paper: Baker and Li 2025, https://arxiv.org/abs/2509.22994: ``z = mu + sigma * n
 b_enc)``; the k of largest ``|z|`` are kept, and the loss gets ``kl * KL(N(mu, sigma^2) | N(0, 1))``, summed over all
 atoms, whose weight rises over the first tenth of the training. ``sigma`` is fixed, or learned by an encoder of its own.
 Encoding takes ``mu``. The paper's finding is negative: many more dead atoms than TopK has, and worse reconstruction.
-The text has ``sigma`` 1 where it is fixed, code of such models takes ``mu`` itself then (`deviation` 0). The weight of
-the divergence belongs to another scale of activations; here it is a factor on nats where the error is summed over the
-width. With noise of 1 an atom's value has to be well above 1 to be chosen for what it is: where activations have the
-norm ``sqrt(width)`` that few entries explain, large weights let nothing through (see the claim).
+Elsewhere the authors fix ``sigma`` at 1, and code of such models takes ``mu`` itself then (`deviation` 0). The weight
+of the divergence belongs to another scale of activations; here it is a factor on nats where the error is summed over
+the width. Beside noise of 1 an atom's value has to be well above 1 to be chosen for what it is; activations of the norm
+``sqrt(width)`` hardly give that, and little is reconstructed.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ class Variational(Rule):
     log_scale: Tensor
 
     def __init__(
-        self, k: int = 32, *, kl: float = 0.1, warmup: float = 0.1, deviation: float | None = 1.0, seed: int = 0
+        self, k: int = 32, *, kl: float = 0.1, warmup: float = 0.1, deviation: float | None = None, seed: int = 0
     ) -> None:
         super().__init__()
         check_int("Variational", "k", k)
