@@ -82,8 +82,8 @@ class Usage(nn.Module):
     def neglected(self, silent: Tensor, most: int) -> Tensor:
         """What the auxiliary loss trains, ``[dict_size]`` bool: what has been ``silent`` for long, then the under-used.
 
-        """What the auxiliary loss trains, ``[dict_size]`` bool: what was ``silent`` for long, then the under-used.
-        therefore only get what the silent leave of ``most`` places, the least used first.
+        Atoms that the loss could choose would crowd out the silent, whose pre-activations are lower; the under-used so
+        only get what the silent leave of ``most`` places, the least used first.
         """
         room = most - int(silent.sum())
         if not self.margin or room <= 0:
