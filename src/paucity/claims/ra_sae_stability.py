@@ -19,6 +19,7 @@ from .base import ClaimResult
 NAME = "ra-sae-stability"
 CENTROIDS = 2
 MORE_ERROR = 0.05
+RATE = 3e-3
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
@@ -58,7 +59,7 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
                 centroids=shared if name == "shared" else kmeans_centroids(job.activations, count, seed=1 + draw),
                 num_tokens=sizes.num_tokens,
                 batch_size=sizes.batch_size,
-                learning_rate=1e-3,
+                learning_rate=RATE,
             )
             atoms[name].append(one.atoms.detach())
             fvu[name].append(job.kept(one).fvu)
@@ -74,7 +75,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         holds=min(alike["shared"] + alike["own"]) > max(alike["topk"]) and mean["shared"] <= mean["topk"] + MORE_ERROR,
         seconds=time.monotonic() - started,
         seed=seed,
-        settings=job.settings() | {"num_centroids": count, "delta": 1.0, "more_error": MORE_ERROR},
+        settings=job.settings()
+        | {"num_centroids": count, "delta": 1.0, "ra_sae_learning_rate": RATE, "more_error": MORE_ERROR},
     )
 
 

@@ -30,7 +30,8 @@ def backward(
     wide = torch.promote_types(values.dtype, torch.float32)
     left, back, table = residual.to(wide, copy=True), grad_residual.to(wide, copy=True), atoms.to(wide)
     grad_atoms = torch.zeros_like(table)
-    for step in reversed(range(values.shape[1])):
+    # Slots are filled from the front: steps that no row took are left out.
+    for step in reversed(range(int((values != 0).any(0).sum()))):
         value, index = values[:, step : step + 1].to(wide), indices[:, step].long()
         used = value != 0
         atom = table[index]
