@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from paucity.checks import InputError
+from paucity.dictionary import archetypal
 from paucity.dictionary import job as job_module
 from paucity.dictionary.apply import apply_step, options_for
 from paucity.dictionary.build import accepts, build, learned
@@ -78,6 +80,20 @@ def test_a_job_that_was_killed_gives_the_same(model, items, tmp_path, monkeypatc
     assert steps[14:] == [4, 5, 6, 7, 8, 9, 10]  # the first place is done; the second goes on behind a checkpoint
     for one, other in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["archetypal_sae", "mp_sae"])
+def test_what_fits_itself_is_fit_as_from_python(model, items, method, monkeypatch):
+    few = partial(archetypal.kmeans_centroids, num_tokens=128)
+    monkeypatch.setattr(archetypal, "kmeans_centroids", few)
+    options = Options(**(OPTIONS | {"dict_size": (12,), "num_tokens": 64, "hooks": ("residual.0",), "k": (2, 3)}))
+    found = fit_on(model, method, options, items, source="tiny", texts="random")
+    assert [one.name for one in found] == ["residual.0-k2", "residual.0-k3"]
+    alone = build(method, 32, 12, {"k": 3, "seed": 0})
+    stream = live_source(model, "residual.0", items, capacity=64)
+    alone.fit(stream, num_tokens=64, batch_size=32, learning_rate=1e-3)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(found[1].dictionary.state_dict()[name], value)
 
 
 class Perfect(SparseAutoencoder):
@@ -163,6 +179,8 @@ def test_bad_input(model, items):
         build("topk_see", 8, 16)
     with pytest.raises(InputError, match=r"l1 must be left out for topk_sae, which has no such option, got 1.0"):
         fitted(model, items, l1=(1.0,))
+    with pytest.raises(InputError, match=r"method must need no gradients .*got gradient_sae"):
+        fit_on(model, "gradient_sae", Options(**OPTIONS), items, source="tiny", texts="random")
     with pytest.raises(InputError, match=r"k must be in \[1, 48\], got 64"):
         fitted(model, items, k=(64,))
     with pytest.raises(InputError, match=r"the nearest are residual\.0"):

@@ -25,6 +25,7 @@ from .build import accepts, build
 from .cache import cached_source, write_cache
 from .live import Harvester
 from .mixing import MixedSource
+from .sae import SparseAutoencoder
 from .trainer import Progress, Trained, train
 
 Tell = Callable[[int, int, str], object]
@@ -142,6 +143,8 @@ def fit_on(
         [build(method, width, size, given) for _, size, given in plan]
         for width, plan in zip(harvester.widths, plans, strict=True)
     ]
+    if any(one.needs_gradient for plan in made for one in plan):
+        raise fail("dictionary", "method", "need no gradients (train it from Python, with a source of them)", method)
     if keep is not None and not options.live and not (keep / "activations").exists():
         write_cache(keep / "activations", harvester, model=source, texts=texts, resume=True, on_progress=tell)
     found = []
@@ -152,19 +155,31 @@ def fit_on(
             done = place * progress.total + progress.step
             tell(done, len(hooks) * progress.total, f"{hook}: {said(progress)}")
 
-        checkpoints = None if keep is None else keep / f"training-{place}"
-        trained = train(
-            each,
-            stream,
-            num_tokens=options.num_tokens,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            keep=checkpoints,
-            on_progress=show,
-        )
+        trained = _trained(each, stream, options, None if keep is None else keep / f"training-{place}", show)
         for number, ((suffix, _, given), one) in enumerate(zip(plan, each, strict=True)):
-            found.append(Fitted(hook, "-".join([hook, *suffix]), method, given, one, trained, number))
+            found.append(Fitted(hook, "-".join([hook, *suffix]), method, given, one, *trained[number]))
     return found
+
+
+def _trained(
+    each: Sequence[Dictionary],
+    stream: MixedSource,
+    options: Options,
+    keep: Path | None,
+    show: Callable[[Progress], None],
+) -> list[tuple[Trained, int]]:
+    """Autoencoders side by side; what finds its atoms in another way by its own `fit`, one after the other."""
+    how: dict[str, Any] = {
+        "num_tokens": options.num_tokens,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "on_progress": show,
+    }
+    if all(isinstance(one, SparseAutoencoder) for one in each):
+        trained = train(each, stream, keep=keep, **how)
+        return [(trained, number) for number in range(len(each))]
+    folders = [None if keep is None else keep / str(number) for number in range(len(each))]
+    return [(one.fit(stream, keep=folder, **how), 0) for one, folder in zip(each, folders, strict=True)]
 
 
 def said(progress: Progress) -> str:
