@@ -36,6 +36,11 @@ CLAIMS: dict[str, Claim] = {
         "2409.13199",
         "Sharing neurons out by how far blocks turn the hidden states keeps a model better than equal shares do.",
     ),
+    "crate-sparsifies": Claim(
+        "crate_sparsifies",
+        "2306.01129",
+        "Layer by layer, CRATE compresses tokens and makes them sparser, trained by labels alone.",
+    ),
     "dark-matter-linear": Claim(
         "dark_matter_linear",
         "2410.14670",
@@ -115,7 +120,7 @@ CLAIMS: dict[str, Claim] = {
     "ioi-supervised-beats-sae-control": Claim(
         "ioi_supervised_beats_sae_control",
         "2405.08366",
-        "A dictionary that knows a task's attributes controls a model better by its edits than a sparse autoencoder does; "
+        "A dictionary that knows a task's attributes controls a model by its edits better than a sparse autoencoder does; "
         "here on recall with the attributes of indirect object identification, which the embedded model cannot do.",
     ),
     "itda-model-similarity": Claim(
@@ -263,6 +268,11 @@ CLAIMS: dict[str, Claim] = {
         "1911.09723",
         "A wide ConvNet with sparse 1x1 convolutions classifies better than a narrow dense one of equal FLOPs, and of "
         "equal measured time.",
+    ),
+    "sparse-jepa-probe": Claim(
+        "sparse_jepa_probe",
+        "2504.16140",
+        "With a group penalty on its latents, a JEPA's representation serves a linear classifier better.",
     ),
     "sparsegpt-at-2-4": Claim(
         "sparsegpt_at_2_4",

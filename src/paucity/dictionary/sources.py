@@ -17,10 +17,17 @@ from ..checks import InputTypeError, check_floating, check_int, check_ndim, chec
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A batch of activations ``x [n, input_size]``, and of a model's loss to them the ``gradient``, if asked for."""
+    """A batch of activations ``x [n, input_size]``, and what comes with them where it is asked for.
+
+    Attributes:
+        x: activations.
+        gradient: of a model's loss to them.
+        target: ``[n, output_size]``, what is to be reconstructed of them if not they themselves.
+    """
 
     x: Tensor
     gradient: Tensor | None = None
+    target: Tensor | None = None
 
 
 class ActivationSource(ABC):
@@ -29,10 +36,12 @@ class ActivationSource(ABC):
     Attributes:
         input_size: width of an activation.
         has_gradient: whether `rows` come with gradients.
+        output_size: width of the targets that `rows` come with; None where they have none.
     """
 
     input_size: int
     has_gradient: bool = False
+    output_size: int | None = None
 
     @abstractmethod
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:

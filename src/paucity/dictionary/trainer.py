@@ -117,6 +117,10 @@ def train(
     for one in each:
         if one.input_size != source.input_size:
             raise fail("train", "activations", f"be {one.input_size} wide like the dictionary", source.input_size)
+        wide = getattr(one, "output_size", one.input_size)
+        if wide != (source.output_size or source.input_size):
+            got = source.output_size or source.input_size
+            raise fail("train", "activations", f"come with targets {wide} wide, like the dictionary's", got)
         if one.needs_gradient and not source.has_gradient:
             raise fail("train", "activations", "come with gradients, which the dictionary needs", "none")
     job = _Job(each, source, options)
@@ -138,11 +142,12 @@ class _Job:
         self.optimizers = [
             Adam(list(one.parameters()), lr=options.learning_rate, betas=options.betas, fused=True) for one in each
         ]
-        first = self._checked(source.sample(max(options.batch_size, 1024)))
+        sampled = next(source.rows(max(options.batch_size, 1024)))
+        first = self._checked(sampled.x)
         if options.normalise:
             self.scale = math.sqrt(first.shape[1]) / max(float(first.float().norm(dim=1).mean()), 1e-12)
         if options.centre:
-            self._centre(first)
+            self._centre(first if sampled.target is None else sampled.target)
 
     @torch.no_grad()
     def _centre(self, first: Tensor) -> None:
@@ -176,18 +181,29 @@ class _Job:
             raise fail("train", "activations", "be finite", f"NaN or infinity in batch {self.step}")
         return x
 
+    def _checked_target(self, target: Tensor) -> Tensor:
+        check_shape("train", "targets", target, None, self.source.output_size)
+        if not bool(target.isfinite().all()):
+            raise fail("train", "targets", "be finite", f"NaN or infinity in batch {self.step}")
+        return target
+
     def _step(self, rows: Rows) -> Progress:
         factor = learning_rate_at(self.step, self.total, self.options.warmup, self.options.decay)
         x = self._checked(rows.x).float() * self.scale
         gradient = None if rows.gradient is None else rows.gradient.float() / self.scale  # of the scaled activations
-        variance = float((x - x.mean(0)).square().sum(1).mean())
-        found = [self._descend(number, x, gradient, factor) for number in range(len(self.each))]
+        target = x if rows.target is None else self._checked_target(rows.target).float() * self.scale
+        variance = float((target - target.mean(0)).square().sum(1).mean())
+        found = [
+            self._descend(one, Batch(x, target, silent, self.step, self.total, gradient), optimizer, factor)
+            for one, silent, optimizer in zip(self.each, self.silent, self.optimizers, strict=True)
+        ]
         self.step += 1
         return Progress(
             self.step,
             self.total,
             tuple(
-                float((one.reconstruction.detach() - x).square().sum(1).mean()) / max(variance, 1e-12) for one in found
+                float((one.reconstruction.detach() - target).square().sum(1).mean()) / max(variance, 1e-12)
+                for one in found
             ),
             tuple(float(one.codes.l0().float().mean()) for one in found),
             tuple(
@@ -196,9 +212,8 @@ class _Job:
             ),
         )
 
-    def _descend(self, number: int, x: Tensor, gradient: Tensor | None, factor: float) -> Objective:
-        one, optimizer = self.each[number], self.optimizers[number]
-        objective = one.objective(Batch(x, x, self.silent[number], self.step, self.total, gradient))
+    def _descend(self, one: Dictionary, batch: Batch, optimizer: Adam, factor: float) -> Objective:
+        objective = one.objective(batch)
         if not bool((loss := objective.loss.detach()).isfinite()):
             raise fail("train", "learning_rate", "keep the loss finite", f"{float(loss)} at step {self.step}")
         optimizer.zero_grad(set_to_none=True)
@@ -212,8 +227,8 @@ class _Job:
             optimizer.step()
             one.after_step()
             used = objective.codes.indices[objective.codes.values != 0]
-            self.silent[number] += len(x)
-            self.silent[number][used.long()] = 0
+            batch.silent.add_(len(batch.x))
+            batch.silent[used.long()] = 0
         return objective
 
     def save(self, folder: Path) -> None:
