@@ -169,6 +169,9 @@ def test_reinitialise_follows_its_seed_and_leaves_random_numbers_alone():
     reinitialise(other, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
     assert same(state(one), state(other))
+    assert not torch.equal(
+        state(one)["0.weight"], state(net(7))["0.weight"]
+    )  # not the weights that the seed drew first
     odd = nn.Sequential(nn.Linear(2, 2))
     odd.register_parameter("scale", nn.Parameter(torch.ones(1)))
     with pytest.raises(InputError, match="hold only modules with reset_parameters, got Sequential"):

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from ..ops.formats import Masks
 from .dsnot import DSnoT
 from .layerwise import Pruned, Tell, prune_layers, restore
 from .magnitude import Magnitude
-from .pruner import Allocation, Pruner, Scope, check_pattern
+from .pruner import Allocation, Order, Pruner, Scope, check_pattern
 from .random import Random
 from .sparsegpt import SparseGPT
 from .taylor import Taylor
@@ -109,6 +109,7 @@ def prune(
     block: tuple[int, int] | None = None,
     sites: Collection[str] = ("linear",),
     allocation: Allocation = "uniform",
+    order: Order = "dense",
     calibration: Iterable[Any] = (),
     keep: str | Path | None = None,
     on_progress: Tell | None = None,
@@ -118,7 +119,7 @@ def prune(
     Args:
         loaded: the model, any module.
         method: one of `PRUNERS`, or one of their options (``SparseGPT(sparsity=0.6, damping=0.1)``), which then hold
-            all that follows up to ``allocation``.
+            all that follows up to ``order``.
         sparsity: fraction removed, in [0, 1); 0.5 if neither it nor n and m are given.
         scope: what competes: an output ``row`` (the default of Wanda and DSnoT), a ``layer`` (one parameter, or one
             expert's matrix of a stack; the default of the others), or ``global``: all sites together.
@@ -128,10 +129,12 @@ def prune(
         block: (rows, columns) of the blocks that stay or go as one; (1, 16) are groups of a row.
         sites: kinds or groups of `paucity.models.sites`.
         allocation: sparsity of each site: ``uniform``, ``erk`` by shape, ``owl`` by the share of outliers among the
-            Wanda scores of its block in the dense model, ``greedy`` by the measured error of the block's output.
+            Wanda scores of its block in the dense model, ``cfsp`` by the angle through which the block turns its hidden
+            states, ``greedy`` by the measured error of the block's output.
+        order: ``dense`` calibrates each block in the dense model, ``block`` behind the pruned ones before it.
         calibration: a list or a DataLoader: ``input_ids [1, T]`` int64 of a language model, inputs of any other, or
             mappings and pairs as `paucity.models.calibration.as_batches` takes them. Needed by ``wanda``,
-            ``sparsegpt``, ``dsnot``, ``taylor``, ``owl`` and ``greedy``.
+            ``sparsegpt``, ``dsnot``, ``taylor``, ``owl``, ``cfsp`` and ``greedy``.
         keep: a folder where finished blocks are kept, so that the same call goes on where a killed one was.
         on_progress: called with blocks done, blocks in all, and the block.
 
@@ -147,7 +150,11 @@ def prune(
     folder = None if keep is None else Path(keep)
     if isinstance(method, Pruner):
         given = (sparsity, scope, n, m, block)
-        if any(value is not None for value in given) or tuple(sites) != ("linear",) or allocation != "uniform":
+        if any(value is not None for value in given) or (tuple(sites), allocation, order) != (
+            ("linear",),
+            "uniform",
+            "dense",
+        ):
             raise fail("prune", "method", "hold the other options itself", "both")
         return _prune(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
     if not isinstance(method, str):
@@ -155,8 +162,9 @@ def prune(
     check_choice("prune", "method", method, PRUNERS)
     scope = scope or PRUNERS[method].model_fields["scope"].default
     check_pattern("prune", sparsity, scope, n, m, block, allocation)
+    check_choice("prune", "order", order, get_args(Order))
     options = PRUNERS[method](
-        sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation
+        sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation, order=order
     )
     return _prune(target, method, options, calibration, folder, on_progress).masks
 

@@ -45,8 +45,8 @@ def prune_folder(
 ) -> dict[str, Any]:
     """Prune a Hugging Face causal language model from folder to folder.
 
-    One block is in memory at a time, besides the embeddings, the statistics of a site and what the calibration holds in
-    front of it, so that the model may be larger than memory. A method that looks at the whole model before it writes
+    One block is in memory at a time with the statistics of its sites, besides the embeddings and the hidden states of the
+    calibration between two blocks, so that the model may be larger than memory. A method that looks at the whole model before it writes
     the first block (scope ``global``, Taylor, the allocations ``owl``, ``cfsp`` and ``greedy``), or twice (order
     ``block``), loads it whole.
 
