@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .sites import Site
+from .sites import BLOCK, Site
 
 
 def block_path(site: Site) -> str:
     """Module path of the block that holds ``site``; outside the blocks the path of the site's own module."""
-    parts = site.module.split(".")
-    return site.module if site.layer is None else ".".join(parts[: parts.index(str(site.layer)) + 1])
+    found = BLOCK.search(site.module)
+    return site.module if site.layer is None or found is None else site.module[: found.end(1)]
 
 
 def sites_by_block(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:

@@ -103,7 +103,8 @@ CONVOLUTIONS = ("pointwise", "depthwise", "spatial")
 KINDS = tuple(dict.fromkeys([*_MODULES.values(), *_EXPERTS.values(), *(kind for _, kind in _CLASSES), "norm"]))
 """Every kind of site. ``router`` includes the gate of a shared expert; ``projection`` leads to or from an embedding."""
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?:\.|$)")
+BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?:\.|$)")
+"""Where the path of a module enters a block, and its number."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _all_sites(model: nn.Module) -> list[Site]:
                 continue
             first = found.get(id(parameter))
             if first is None:
-                block = _BLOCK.search(path)
+                block = BLOCK.search(path)
                 found[id(parameter)] = Site(name, path, kind, int(block[1]) if block else None)
             else:
                 # A head that comes before its embedding gives the place to it.

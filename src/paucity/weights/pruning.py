@@ -149,12 +149,8 @@ def prune(
     target = loaded if isinstance(loaded, Loaded) else Loaded(loaded, None, type(loaded).__name__)
     folder = None if keep is None else Path(keep)
     if isinstance(method, Pruner):
-        given = (sparsity, scope, n, m, block)
-        if any(value is not None for value in given) or (tuple(sites), allocation, order) != (
-            ("linear",),
-            "uniform",
-            "dense",
-        ):
+        given, others = (sparsity, scope, n, m, block), (tuple(sites), allocation, order)
+        if any(value is not None for value in given) or others != (("linear",), "uniform", "dense"):
             raise fail("prune", "method", "hold the other options itself", "both")
         return _prune(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
     if not isinstance(method, str):
@@ -163,6 +159,7 @@ def prune(
     scope = scope or PRUNERS[method].model_fields["scope"].default
     check_pattern("prune", sparsity, scope, n, m, block, allocation)
     check_choice("prune", "order", order, get_args(Order))
+    PRUNERS[method].check_scope("prune", scope, order)
     options = PRUNERS[method](
         sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation, order=order
     )

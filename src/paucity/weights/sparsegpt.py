@@ -44,7 +44,8 @@ class SparseGPT(Pruner):
                 "singular; it is damped, and more tokens would serve better"
             )
         if inputs.seen:
-            layer.weight[:, inputs.squares == 0] = 0  # inputs that are always 0 need no weights
+            always_0 = (inputs.squares == 0).to(layer.weight.device)  # such inputs need no weights
+            layer.weight[:, always_0] = 0
         live = (layer.weight != 0).T.contiguous()
         sparse = not bool(live.all())  # zeros stay, and what columns before give them goes on as error
         unit = self.m or (self.block[1] if self.block else 1)

@@ -45,10 +45,10 @@ def prune_folder(
 ) -> dict[str, Any]:
     """Prune a Hugging Face causal language model from folder to folder.
 
-    One block is in memory at a time with the statistics of its sites, besides the embeddings and the hidden states of the
-    calibration between two blocks, so that the model may be larger than memory. A method that looks at the whole model before it writes
-    the first block (scope ``global``, Taylor, the allocations ``owl``, ``cfsp`` and ``greedy``), or twice (order
-    ``block``), loads it whole.
+    One block is in memory at a time with the statistics of its sites, besides the embeddings and the hidden states of
+    the calibration between two blocks, so that the model may be larger than memory. A method that looks at the whole
+    model before it writes the first block (scope ``global``, Taylor, the allocations ``owl``, ``cfsp`` and ``greedy``),
+    or twice (order ``block``), loads it whole.
 
     Args:
         source: ``embedded``, a folder with safetensors, or a hub id.
