@@ -63,7 +63,8 @@ class TicketFolder:
         temporary = target.with_name(target.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_model(model, str(temporary / _WEIGHTS))
+        with replacing(temporary / _WEIGHTS) as weights:
+            save_model(model, str(weights))
         masks.save(temporary / _MASKS)
         (temporary / _RECORD).write_text(json.dumps(record), encoding="utf-8")
         temporary.rename(target)
