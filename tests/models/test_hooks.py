@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from paucity.checks import InputError
 from paucity.models.hooks import capture_inputs, input_norms, input_samples
@@ -68,6 +70,34 @@ def test_expert_without_tokens_has_norm_zero(tiny_model):
     for site in sites[:2]:
         assert norms[site.name].shape == (4, weight_view(model, site).shape[-1])
         assert torch.equal(norms[site.name].any(-1), used)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "kwargs"),
+    [
+        (lambda: ViTModel(ViTConfig(**TINY, image_size=8, patch_size=4)), (2, 3, 8, 8), lambda x: {"pixel_values": x}),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=5)),
+            (2, 7),
+            lambda x: {"input_ids": x, "decoder_input_ids": F.pad(x[:, :-1], (1, 0), value=5)},
+        ),
+    ],
+)
+def test_norms_of_other_transformers(build, shape, kwargs):
+    """The main input is given by its name, and a decoder reads the text behind its start."""
+    model = build().eval()
+    batch = torch.randn(shape) if len(shape) == 4 else torch.randint(3, 64, shape)
+    sites = find_sites(model, "linear")
+    seen = {site.name: [] for site in sites}
+    with capture_inputs(model, sites, lambda site, inputs, _: seen[site.name].append(inputs)), torch.no_grad():
+        model(**kwargs(batch))
+    norms = input_norms(model, sites, [batch])
+    for site in sites:
+        torch.testing.assert_close(norms[site.name], torch.cat(seen[site.name]).square().sum(0).sqrt())
 
 
 def test_norms_of_plain_modules():

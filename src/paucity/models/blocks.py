@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .hooks import model_inputs
 from .sites import BLOCK, Site
 
 
@@ -285,6 +286,6 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 def _forward(model: nn.Module, batch: Tensor) -> None:
     if isinstance(model, PreTrainedModel):
-        model(batch, use_cache=False)
+        model(**model_inputs(model, batch))
     else:
         model(batch)

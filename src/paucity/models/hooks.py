@@ -4,6 +4,7 @@ The experts of a mixture live in one module, which gets all tokens with their ro
 out again from that: the tokens routed to it, and for its down projection the intermediate of those tokens.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +53,7 @@ def input_norms(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tenso
     Args:
         model: run as it is, without gradients; set it to eval mode before.
         sites: none of them an embedding.
-        batches: ``input_ids`` ``[1, T]`` int64 for a language model, else whatever the model's forward takes.
+        batches: ``input_ids`` ``[1, T]`` int64 for a language model, else the main input of the model's forward.
 
     Returns:
         ``{site.name: [in]}``, ``[num_experts, in]`` for experts, float32 on the weight's device. Squares are summed in
@@ -140,10 +141,32 @@ def run_model(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
         model(batch)
         return
     base = model.base_model
-    if base is model or all(site.module.startswith(f"{model.base_model_prefix}.") for site in sites):
-        base(input_ids=batch, use_cache=False)  # no logits: they are the largest tensor and nobody asks for them
-    else:
-        model(input_ids=batch, use_cache=False)
+    if all(site.module.startswith(f"{model.base_model_prefix}.") for site in sites):
+        model = base  # no logits: they are the largest tensor and nobody asks for them
+    model(**model_inputs(model, batch))
+
+
+def model_inputs(model: PreTrainedModel, batch: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+    """What a forward of a transformers model over ``batch`` is called with; no cache is used.
+
+    The decoder of a model with an encoder reads the ``labels`` shifted by one, or, as in BART, a text itself.
+
+    Args:
+        model: with or without a head.
+        batch: its main input: token ids, pixels, features of sound.
+        labels: for the loss of the model's head.
+    """
+    inputs: dict[str, Any] = {model.main_input_name: batch}
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    if labels is not None:
+        inputs["labels"] = labels
+    elif "decoder_input_ids" in known:
+        start = getattr(model.config, "decoder_start_token_id", None)
+        first = torch.full((len(batch), 1), 0 if start is None else start, device=batch.device)
+        inputs["decoder_input_ids"] = first if batch.is_floating_point() else torch.cat([first, batch[:, :-1]], 1)
+    return inputs
 
 
 def _on_forward(
