@@ -196,3 +196,17 @@ def test_a_move_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         save(Loaded(nn.Linear(1, 1), None, "Linear"), tmp_path / "m", force=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["m", "old"]
+
+
+def test_a_packed_layer_at_two_paths(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    for site in find_sites(model, "linear"):
+        weight_view(model, site)[..., ::2] = 0
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    expected = model(IDS).logits
+    pack(model)
+    save(Loaded(model, None, "tiny"), tmp_path / "m")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(again(IDS).logits, expected)
