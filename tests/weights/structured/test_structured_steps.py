@@ -176,6 +176,9 @@ def test_bad_input_leaves_the_model_as_it_was(tiny_model):
         with pytest.raises(InputError, match=message):
             step(target, method, calibration, **options)
         assert {name: id(p) for name, p in target.named_parameters()} == before
+    step(model, "cfsp", tokens(), sparsity=0.5, sharpness=20.0)
+    with pytest.raises(InputError, match="neurons: model must be saved and loaded anew, as an earlier step fills up"):
+        step(model, "neurons")
     for options in ({"score": "magnitud"}, {"shrink": False, "recovery": {}}, {"sparsity": 1.0}, {"rank": 3}):
         with pytest.raises(ValidationError):
             options_for("neurons").model_validate(options)

@@ -1,4 +1,4 @@
-"""Where the heads, neurons and experts of a model lie, in every architecture.
+"""Where the heads, neurons and experts of a model lie, in every architecture whose projections `find_sites` knows.
 
 Fused projections have layouts of their own: GPT-2's ``c_attn`` and Phi-3's ``qkv_proj`` hold all queries, then all
 keys, then all values; GPT-NeoX's ``query_key_value`` holds query, key and value head by head; ``gate_up`` holds all
@@ -6,7 +6,9 @@ gates, then all ups.
 
 Not found, and refused with the reason: projections that are no ``nn.Linear`` or ``Conv1D`` (quantised or wrapped
 layers), tied ones, fused layouts of other architectures, norms over all heads together, attention with a gate or sinks
-of its own, experts that interleave gate and up or have biases.
+of its own, experts that interleave gate and up or have biases, projections of other names (BERT's ``self.query`` and
+``intermediate.dense``, ModernBERT's, T5's, CodeGen's, GPT-J's ``fc_in``). What a layout does not tell, such as heads in
+pairs, `shrink` finds out by trying.
 """
 
 from collections.abc import Callable, Mapping

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...checks import fail
+
 
 class Surgery:
     """A log of what was changed in ``model``.
@@ -76,6 +78,13 @@ class Surgery:
         """Everything as it was, the last change first."""
         while self._undo:
             self._undo.pop()()
+
+
+def check_unfilled(function: str, model: nn.Module) -> None:
+    """Refuse a model whose state dict is filled up: sizes can change only where a state dict has those of the model."""
+    if any(isinstance(hook, _Fill) for module in model.modules() for hook in module._state_dict_hooks.values()):
+        constraint = "be saved and loaded anew, as an earlier step fills up its state dict with zeros"
+        raise fail(function, "model", constraint, type(model).__name__)
 
 
 def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
