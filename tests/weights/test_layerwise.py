@@ -97,6 +97,48 @@ def test_a_killed_job_goes_on_where_it_was(tiny_model, method, tmp_path):
     assert solved[-1] == (14, 14)
 
 
+def test_a_folder_of_another_job_is_refused(tiny_model, tmp_path):
+    model, batches = tiny_model("llama"), tokens()
+    dense = state(model)
+    expected = prune(model, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path)
+    model.load_state_dict(dense)
+    other = tiny_model("llama")
+    cases = [
+        (model, "wanda", 0.6, batches),
+        (model, "sparsegpt", 0.5, batches),
+        (model, "wanda", 0.5, tokens()),
+        (other, "wanda", 0.5, batches),
+        (tiny_model("gpt2"), "wanda", 0.5, batches),
+    ]
+    for given, method, sparsity, calibration in cases:
+        with pytest.raises(InputError, match="keep must be a new folder or that of the same job"):
+            prune(given, method, sparsity=sparsity, calibration=calibration, keep=tmp_path)
+    assert same(state(model), dense)
+    assert prune(model, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path) == expected
+    (tmp_path / "job.json").unlink()
+    with pytest.raises(InputError, match="that of the same job"):
+        prune(other, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path)
+
+
+def test_notes_survive_a_kill(tiny_model, tmp_path):
+    model, batches = tiny_model("llama").bfloat16(), tokens(1, 8)  # fewer tokens than inputs: singular Hessians
+    sites, dense = find_sites(model, ("linear",)), state(model)
+
+    def run(keep, tell=lambda *_: None):
+        model.load_state_dict(dense)
+        return prune_layers(model, sites, SparseGPT(), batches, tell=tell, keep=keep).notes
+
+    def kill(done, total, what):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, kill)
+    wanted = run(None)
+    assert wanted
+    assert run(tmp_path) == wanted
+
+
 def test_calibration_in_any_form(tiny_model):
     model = tiny_model("llama")
     dense, ids = state(model), torch.randint(3, 64, (4, 10))

@@ -97,10 +97,13 @@ def prune_layers(
             for number, (site, inputs) in enumerate(calibrated):
                 tell(number, len(sites), site.name)
                 if site in done:
+                    result.notes += kept.notes(site)
                     _write(model, *kept.load(model, site), result)
                     continue
-                solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
-                kept.keep(*solved)
+                notes: list[str] = []
+                solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, notes)
+                kept.keep(*solved, notes)
+                result.notes += notes
                 _write(model, *solved, result)
         tell(len(sites), len(sites), "done")
     return result

@@ -18,6 +18,7 @@ from ..models.packed import packed_linears
 from ..models.sites import Site, find_sites
 from ..ops.formats import Masks
 from .dsnot import DSnoT
+from .kept_sites import claim, digest
 from .layerwise import Pruned, Tell, prune_layers, restore
 from .magnitude import Magnitude
 from .pruner import Allocation, Order, Pruner, Scope, check_pattern
@@ -135,7 +136,8 @@ def prune(
         calibration: a list or a DataLoader: ``input_ids [1, T]`` int64 of a language model, inputs of any other, or
             mappings and pairs as `paucity.models.calibration.as_batches` takes them. Needed by ``wanda``,
             ``sparsegpt``, ``dsnot``, ``taylor``, ``owl``, ``cfsp`` and ``greedy``.
-        keep: a folder where finished blocks are kept, so that the same call goes on where a killed one was.
+        keep: a folder where finished sites are kept, so that the same call on the same dense weights goes on where a
+            killed one was; each job has its own.
         on_progress: called with blocks done, blocks in all, and the block.
 
     Returns:
@@ -144,7 +146,7 @@ def prune(
     Raises:
         InputError: if an argument is out of range, the pattern does not divide a site's size, the model has no such
             site, there is no calibration where it is needed or it does not fit the model, or an activation is not
-            finite (the module is named). Then the weights are as before.
+            finite (the module is named), or ``keep`` is the folder of another job. Then the weights are as before.
     """
     target = loaded if isinstance(loaded, Loaded) else Loaded(loaded, None, type(loaded).__name__)
     folder = None if keep is None else Path(keep)
@@ -184,10 +186,24 @@ def _prune(
             raise fail("prune", "calibration", f"hold at least one batch of tokens for {name}", "none")
         if not pruner.needs_gradients:
             batches = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    if keep is not None:
+        claim(keep, _job(model, name, pruner, batches))
     with evaluating(model):
         pruned = prune_layers(model, sites, pruner, batches, tell=tell or _silent, keep=keep)
     masks = Masks(pruned.masks, nominal=pruner.target)
     return AppliedWeights(model, masks, pruned.dense, _state(name, pruner, masks, sites, batches, pruned))
+
+
+def _job(model: nn.Module, name: str, pruner: Pruner, batches: list[Any]) -> dict[str, Any]:
+    """What tells a pruning from all others."""
+    flat = [part for batch in batches for part in (batch if isinstance(batch, tuple) else (batch,))]
+    return {
+        "method": name,
+        "options": pruner.model_dump(mode="json"),
+        "calibration": digest(flat),
+        "parameters": [name for name, _ in model.named_parameters()],
+        "weights": digest(model.parameters()),
+    }
 
 
 def _state(
