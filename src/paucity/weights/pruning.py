@@ -96,7 +96,7 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
         left = f", about {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
         work.tell(f"{method}: {done} of {total} weights{left}")
 
-    return _prune(loaded, method, given, calibration, work.folder, tell)
+    return prune_applied(loaded, method, given, calibration, work.folder, tell)
 
 
 def prune(
@@ -154,7 +154,7 @@ def prune(
         given, others = (sparsity, scope, n, m, block), (tuple(sites), allocation, order)
         if any(value is not None for value in given) or others != (("linear",), "uniform", "dense"):
             raise fail("prune", "method", "hold the other options itself", "both")
-        return _prune(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
+        return prune_applied(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
     if not isinstance(method, str):
         raise InputTypeError(f"prune: method must be a name or its options, got {type(method).__name__}.")
     check_choice("prune", "method", method, PRUNERS)
@@ -165,7 +165,7 @@ def prune(
     options = PRUNERS[method](
         sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation, order=order
     )
-    return _prune(target, method, options, calibration, folder, on_progress).masks
+    return prune_applied(target, method, options, calibration, folder, on_progress).masks
 
 
 def is_calibrated(pruner: Pruner) -> bool:
@@ -173,9 +173,10 @@ def is_calibrated(pruner: Pruner) -> bool:
     return pruner.gathers is not None or pruner.needs_gradients or pruner.allocation in _DENSE_ONCE
 
 
-def _prune(
+def prune_applied(
     loaded: Loaded, name: str, pruner: Pruner, calibration: Iterable[Any], keep: Path | None, tell: Tell | None
 ) -> AppliedWeights:
+    """`prune` by a method of that ``name`` with its options, with all that is known of it."""
     model = loaded.model
     sites = find_sites(model, pruner.sites)
     calibrated = is_calibrated(pruner)
