@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checks import fail
 from ...models.blocks import block_path
-from ...models.sites import Site, find_sites, weight_view
+from ...models.sites import Site, experts_are_transposed, find_sites, weight_view
 from ...models.text_config import text_config
 from .units import Entries, Sizes, Slot, Units
 
@@ -229,7 +229,7 @@ def _experts(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
 def _check_stack(model: nn.Module, down: Site) -> None:
     owner = model.get_submodule(down.module)
     mixed = not getattr(owner, "is_concatenated", True) or not getattr(owner, "has_gate", True)
-    if mixed or getattr(owner, "is_transposed", False) or getattr(owner, "has_bias", False):
+    if mixed or experts_are_transposed(owner) or getattr(owner, "has_bias", False):
         raise fail("find_units", down.module, "stack gates before ups, without biases, to be cut", type(owner).__name__)
 
 
