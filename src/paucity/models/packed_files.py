@@ -76,7 +76,7 @@ def save_packed(loaded: Loaded, folder: str | Path, *, force: bool = False) -> S
         force: replace ``folder`` if it is there; what it held goes only when the new one is complete.
 
     Raises:
-        InputError: if no layer is packed, or ``folder`` is a file or is not empty.
+        InputError: if no layer is packed, or ``folder`` is a file, not empty or the working directory.
         OSError: if it cannot be written, such as to a full disk; nothing is left of it, and ``folder`` is as it was.
     """
     name, model = "save_packed", loaded.model
