@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import Llama4ForCausalLM, Llama4TextConfig, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from paucity.checks import InputError
 from paucity.models.hooks import capture_inputs, input_norms, input_samples
@@ -98,6 +98,38 @@ def test_norms_of_other_transformers(build, shape, kwargs):
     norms = input_norms(model, sites, [batch])
     for site in sites:
         torch.testing.assert_close(norms[site.name], torch.cat(seen[site.name]).square().sum(0).sqrt())
+
+
+def test_experts_that_get_their_tokens_already_scaled():
+    """Llama 4 gives every expert all tokens, those of other experts as zeros, and stores its stacks transposed."""
+    options = TINY | {"intermediate_size_mlp": 24, "num_local_experts": 3, "num_key_value_heads": 1, "head_dim": 8}
+    model = Llama4ForCausalLM(Llama4TextConfig(**options, vocab_size=64, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    sites = find_sites(model, "experts")
+    seen = {site.name: [None] * 3 for site in sites}
+
+    def note(site, inputs, expert):
+        seen[site.name][expert] = inputs
+
+    outputs = {}
+    handles = [
+        model.get_submodule(site.module).register_forward_hook(
+            lambda _, args, out, name=site.name: outputs.update({name: out})
+        )
+        for site in sites
+    ]
+    with capture_inputs(model, sites, note), torch.no_grad():
+        model(torch.randint(3, 64, (1, 12)))
+    for handle in handles:
+        handle.remove()
+    for site in sites:
+        assert sum(len(inputs) for inputs in seen[site.name]) == 12  # one expert a token
+        assert weight_view(model, site).shape == ((3, 48, 16) if site.kind == "expert_gate_up" else (3, 16, 24))
+        if site.kind == "expert_down":  # what is captured, times the weights, is what the module gives
+            parts = zip(seen[site.name], weight_view(model, site), outputs[site.name].view(3, 12, 16), strict=True)
+            for inputs, weight, out in parts:
+                torch.testing.assert_close(inputs @ weight.T, out[out.any(-1)])
 
 
 def test_norms_of_plain_modules():

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,7 +12,7 @@ from paucity.checks import InputError
 from paucity.models.blocks import Chain, UpTo, open_chain, sites_by_block
 from paucity.models.hooks import capture_inputs, input_norms
 from paucity.models.sites import find_sites
-from paucity.weights import SparseGPT, Taylor, Wanda, prune
+from paucity.weights import Random, SparseGPT, Taylor, Wanda, prune
 from paucity.weights.layerwise import prune_layers
 from paucity.weights.matrices import as_matrices, from_matrices
 from paucity.weights.wanda import wanda_mask
@@ -137,6 +138,13 @@ def test_notes_survive_a_kill(tiny_model, tmp_path):
     wanted = run(None)
     assert wanted
     assert run(tmp_path) == wanted
+
+
+def test_seeds_of_random_masks():
+    net = nn.Sequential(nn.Linear(6, 8))
+    prune(net, Random(seed=2**32 - 1))
+    with pytest.raises(ValidationError, match="less than 4294967296"):
+        Random(seed=2**32)
 
 
 def test_calibration_in_any_form(tiny_model):

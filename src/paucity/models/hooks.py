@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..checks import InputError, check_int, fail
-from .sites import Site, weight_view
+from .sites import Site, experts_are_transposed, weight_view
 
 OnInput = Callable[[Site, Tensor, int | None], None]
 
@@ -180,7 +180,8 @@ def _on_forward(
 ) -> None:
     values = [*args, *kwargs.values()]
     if site.kind in ("expert_gate_up", "expert_down"):
-        for expert, inputs in _expert_inputs(model, site, module, values[0], values[1]):
+        routing = values[1] if len(values) > 1 else None
+        for expert, inputs in _expert_inputs(model, site, module, values[0], routing):
             on_input(site, inputs, expert)
         return
     inputs = values[0].detach()
@@ -217,19 +218,25 @@ def conv_patches(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _expert_inputs(
-    model: nn.Module, site: Site, module: nn.Module, states: Tensor, routing: Tensor
+    model: nn.Module, site: Site, module: nn.Module, states: Tensor, routing: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """``states`` ``[n, hidden]`` and ``routing`` ``[n, top_k]`` (indices of experts) -> the inputs of each expert."""
-    states = states.detach().reshape(-1, states.shape[-1])
-    routing = routing.reshape(states.shape[0], -1)
-    for expert in range(weight_view(model, site).shape[0]):
-        inputs = states[(routing == expert).any(-1)]
+    """``states`` ``[n, hidden]`` and ``routing`` ``[n, top_k]`` (indices of experts) -> the inputs of each expert.
+
+    Without routing (Llama 4) ``states`` are ``[num_experts * n, hidden]``, those of tokens routed elsewhere zero.
+    """
+    states, count = states.detach().reshape(-1, states.shape[-1]), weight_view(model, site).shape[0]
+    for expert in range(count):
+        if routing is None:
+            inputs = states.view(count, -1, states.shape[-1])[expert]
+            inputs = inputs[inputs.any(-1)]
+        else:
+            inputs = states[(routing.reshape(len(states), -1) == expert).any(-1)]
         yield expert, inputs if site.kind == "expert_gate_up" else _intermediate(module, inputs, expert)
 
 
 @torch.no_grad()
 def _intermediate(module: Any, inputs: Tensor, expert: int) -> Tensor:
-    weight = module.gate_up_proj[expert].mT if getattr(module, "is_transposed", False) else module.gate_up_proj[expert]
+    weight = module.gate_up_proj[expert].mT if experts_are_transposed(module) else module.gate_up_proj[expert]
     bias = module.gate_up_proj_bias[expert] if getattr(module, "has_bias", False) else None
     both = F.linear(inputs, weight, bias)
     if hasattr(module, "_apply_gate"):  # some architectures gate in a way of their own
