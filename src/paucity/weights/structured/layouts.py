@@ -5,10 +5,10 @@ keys, then all values; GPT-NeoX's ``query_key_value`` holds query, key and value
 gates, then all ups.
 
 Not found, and refused with the reason: projections that are no ``nn.Linear`` or ``Conv1D`` (quantised or wrapped
-layers), tied ones, fused layouts of other architectures, norms over all heads together, attention with a gate or sinks
-of its own, experts that interleave gate and up or have biases, projections of other names (BERT's ``self.query`` and
-``intermediate.dense``, ModernBERT's, T5's, CodeGen's, GPT-J's ``fc_in``). What a layout does not tell, such as heads in
-pairs, `shrink` finds out by trying.
+layers), tied ones, fused layouts of other architectures, norms over all heads together or one for each, attention with
+a gate or sinks of its own, experts that interleave gate and up or have biases, projections of other names (BERT's
+``self.query`` and ``intermediate.dense``, ModernBERT's, T5's, CodeGen's, GPT-J's ``fc_in``). What a layout does not
+tell, such as heads in pairs, `shrink` finds out by trying.
 """
 
 from collections.abc import Callable, Mapping
@@ -158,6 +158,9 @@ def _check_attention(model: nn.Module, path: str, dim: int) -> None:
         if not isinstance(owner, nn.Linear | Conv1D) and tuple(parameter.shape) != (dim,):
             shape = list(parameter.shape)
             raise fail("find_units", path, "hold nothing that spans all heads", f"{name} of shape {shape}")
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
+            raise fail("find_units", path, "hold nothing that spans all heads", f"{name}, a list of modules")
 
 
 def _neurons(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:

@@ -1,7 +1,7 @@
 """Whether heads and neurons can be removed as a layout says: the small model is tried on a few tokens.
 
-Shapes do not tell that an attention module pairs its heads, has a norm for each of them or counts on their number. So
-the projections that the units end in are compared: removed, they must put out what they do where the units are zero.
+Shapes do not tell that an attention module pairs its heads or counts on their number. So the projections that the units
+end in are compared: with units removed, they must put out what they do where the units are zero.
 """
 
 from collections.abc import Mapping, Sequence
