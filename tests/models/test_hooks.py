@@ -194,6 +194,8 @@ def test_bad_input(tiny_model):
         input_norms(model, find_sites(model, "embedding"), [torch.tensor([[1]])])
     with pytest.raises(InputError, match=r"input_samples: max_tokens must be at least 1, got 0"):
         input_samples(model, sites, [torch.tensor([[1]])], max_tokens=0)
+    with pytest.raises(InputError, match=r"hold token ids for LlamaForCausalLM, got torch.float32"):
+        input_norms(model, find_sites(model, "lm_head"), [torch.ones(1, 4, 32)])
     model = nn.TransformerEncoderLayer(4, 1, dim_feedforward=4).train()
     with pytest.raises(
         InputError, match=r"sites must be run by the model's forward, got self_attn\.out_proj\.weight, wh"

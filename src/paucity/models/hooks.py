@@ -155,7 +155,12 @@ def model_inputs(model: PreTrainedModel, batch: Tensor, labels: Tensor | None = 
         model: with or without a head.
         batch: its main input: token ids, pixels, features of sound.
         labels: for the loss of the model's head.
+
+    Raises:
+        InputError: if the model takes token ids and gets something else.
     """
+    if model.main_input_name == "input_ids" and batch.is_floating_point():
+        raise fail("prune", "calibration", f"hold token ids for {type(model).__name__}", batch.dtype)
     inputs: dict[str, Any] = {model.main_input_name: batch}
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known:

@@ -71,7 +71,7 @@ def prune_layers(
         sites: what is pruned, in the order of the model.
         pruner: how.
         batches: calibration, checked; empty where nothing is calibrated.
-        tell: told before every site.
+        tell: told before every site that is not kept yet.
         keep: a folder where every finished site is kept, so that the same call goes on after a kill.
     """
     check_sites(model, sites, pruner)
@@ -95,11 +95,11 @@ def prune_layers(
             done = {site for _, group in sites_by_block(sites) if done.issuperset(group) for site in group}
         with closing(_calibrated(model, sites, done, pruner, batches)) as calibrated:
             for number, (site, inputs) in enumerate(calibrated):
-                tell(number, len(sites), site.name)
                 if site in done:
                     result.notes += kept.notes(site)
                     _write(model, *kept.load(model, site), result)
                     continue
+                tell(number, len(sites), site.name)
                 notes: list[str] = []
                 solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, notes)
                 kept.keep(*solved, notes)
