@@ -64,3 +64,11 @@ def test_bad_input(text, arguments, message):
     given = arguments if "--text" in arguments else ("--text", text, *arguments)
     with pytest.raises(InputError, match=message):
         raise run("tiny", "--max-tokens", "32", *given).exception
+
+
+def test_a_short_context_is_measured_in_windows_of_it(text, tiny_model, monkeypatch):
+    model = tiny_model("llama", vocab_size=300)
+    model.config.max_position_embeddings = 64
+    monkeypatch.setattr("paucity.models.load.load", lambda source: Loaded(model, byte_tokenizer(300), source))
+    result = run("tiny", "--text", text, "--pattern", "nm", "--m", "2", "--no-control", "--max-tokens", "90")
+    assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 import pytest
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from paucity.checks import InputError
 from paucity.folder import Folder, replacing
@@ -38,3 +39,13 @@ def test_what_fails_while_it_is_written_leaves_the_old_file(tmp_path):
         half()
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_safetensors_cannot_write_is_an_os_error(tmp_path):
+    def full():
+        with replacing(tmp_path / "file"):
+            raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(OSError, match=r"file could not be written: I/O error: No space left"):
+        full()
+    assert not list(tmp_path.iterdir())

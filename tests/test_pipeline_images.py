@@ -59,6 +59,7 @@ def test_a_run_writes_a_report_and_a_model_that_loads(tmp_path):
         ("convnet", {"method": "wanda", "sites": ["pointwise"]}),
         ("convnet", {"method": "kernel_groups", "group_size": 4}),
         ("vit", {"method": "magnitude", "n": 2, "m": 4}),
+        ("vit", {"method": "channels"}),
     ],
 )
 def test_one_shot_steps_are_trained_with_their_zeros_held(tmp_path, model, step):
@@ -70,27 +71,66 @@ def test_one_shot_steps_are_trained_with_their_zeros_held(tmp_path, model, step)
         assert "rearranged" in report.steps[0].notes[0]
 
 
-def test_a_killed_run_resumes_with_what_was_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [GRADUAL, {"method": "channels"}])
+@pytest.mark.parametrize("at", ["measuring", "publishing"])
+def test_a_killed_run_resumes_with_what_was_trained(tmp_path, monkeypatch, step, at):
     from paucity import pipeline_images
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    whole = run(recipe(), tmp_path / "whole")
-    monkeypatch.setattr(pipeline_images, "measure_images", killed)
+    whole = run(recipe([step]), tmp_path / "whole")
+    if at == "measuring":
+        monkeypatch.setattr(pipeline_images, "measure_images", killed)
+    else:
+        monkeypatch.setattr(pipeline_images.Folder, "publish", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(), tmp_path / "out")
-    assert (tmp_path / "out.partial" / "dense.safetensors").is_file()
+        run(recipe([step]), tmp_path / "out")
     with pytest.raises(InputError, match="hold no unfinished run"):
-        run(recipe(), tmp_path / "out")
+        run(recipe([step]), tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(pipeline_images, "train", killed)
     monkeypatch.setattr(pipeline_images, "train_sparse", killed)
-    resumed = run(recipe(), tmp_path / "out", resume=True)
+    resumed = run(recipe([step]), tmp_path / "out", resume=True)
     assert resumed.dense.images.accuracy == whole.dense.images.accuracy
     assert resumed.sparse.images.accuracy == whole.sparse.images.accuracy
     assert resumed.steps[0].density == whole.steps[0].density
     assert not (tmp_path / "out.partial").exists()
+    load_classifier(tmp_path / "out" / "model")
+    assert not list((tmp_path / "out").glob("**/dense.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_weights_that_a_kill_amid_publishing_took_are_trained_again(tmp_path, monkeypatch, name):
+    from paucity import pipeline_images
+
+    def killed(folder):
+        (folder.partial / "stages" / f"{name}.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline_images.Folder, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), tmp_path / "out")
+    monkeypatch.undo()
+    assert run(recipe(), tmp_path / "out", resume=True).steps[0].density == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_channels_go_for_good_and_the_model_loads_in_its_own_sizes(tmp_path, epochs):
+    steps = [{"method": "channels", "sparsity": 0.5}]
+    report = run(recipe(steps, training=TRAINING | {"finetune_epochs": epochs}), tmp_path / "out")
+    model = load_classifier(tmp_path / "out" / "model")
+    assert model.stem.out_channels == 2
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert report.sparse.images.num_nonzero == sum(int(p.count_nonzero()) for p in model.parameters())
+    assert report.sparse.density["blocks.0.pointwise.weight"] == 0.25
+    assert report.sparse.images.flops < 0.5 * report.dense.images.flops
+
+
+def test_a_step_that_leaves_no_zero_is_trained_on(tmp_path):
+    report = run(recipe([{"method": "magnitude", "sparsity": 0.0, "sites": ["pointwise"]}]), tmp_path / "out")
+    assert report.steps[0].density is None
+    assert report.sparse.density == {}
 
 
 def test_without_the_data_the_fallback_is_taken_and_named(tmp_path, monkeypatch):

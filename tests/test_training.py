@@ -123,6 +123,9 @@ def test_bad_input():
         train(model, images, epochs=1, masks=Masks({"x": torch.ones(1, dtype=torch.bool)}))
     with pytest.raises(InputError, match="give logits of 8 classes"):
         train(model, Images(images.pixels, images.labels + 5, "more"), epochs=1)
+    for frozen in (nn.Flatten(), classifier().requires_grad_(False)):
+        with pytest.raises(InputError, match="train: model must have a parameter to train, got none"):
+            train(frozen, images, epochs=1)
     assert torch.equal(before, state(model))
     with pytest.raises(InputError, match="learning_rate must keep the loss finite, got nan at step"):
         train(model, Images(images.pixels * 1e38, images.labels, "huge"), epochs=9)

@@ -29,15 +29,15 @@ INLINE i32x16 read(const uint8_t *from, int64_t lanes) {
 
 // weight, errors: [cols, rows] float32, mask: [cols, rows] bytes, factor: [cols, cols] with `stride` floats a row, upper
 // triangular. Input after input, what `mask` does not keep is removed; `errors` gets it over the factor's diagonal, and
-// the inputs behind lose errors times the factor's row. With m > 0 the mask is written: n of every m inputs in turn.
+// the inputs behind lose errors times the factor's row. With m > 0 the mask is narrowed to n of every m inputs in turn.
 PAUCITY_KERNEL(column_sweep)
 (float *weight, uint8_t *mask, float *errors, const float *factor, int64_t cols, int64_t rows, int64_t stride, int64_t n,
  int64_t m, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch a(cols * sizeof(f32x16)), b(m * sizeof(f32x16) + 64), c(m * sizeof(i32x16) + 64);
+    Scratch a(cols * sizeof(f32x16)), b(m * sizeof(f32x16) + 64), c(m * sizeof(i32x16) + 64), d(m * sizeof(i32x16) + 64);
     f32x16 *w = (f32x16 *)a.at, *scores = (f32x16 *)b.at;
-    i32x16 *chosen = (i32x16 *)c.at;
+    i32x16 *chosen = (i32x16 *)c.at, *live = (i32x16 *)d.at;
 #pragma omp for schedule(static)
     for (int64_t strip = 0; strip < ceil_div(rows, LANES); strip++) {
       const int64_t row = strip * LANES, lanes = min_of(LANES, rows - row);
@@ -47,10 +47,14 @@ PAUCITY_KERNEL(column_sweep)
         if (m && i % m == 0) {
           for (int64_t j = 0; j < m; j++) {
             const f32x16 scaled = w[i + j] / factor[(i + j) * stride + i + j];
-            scores[j] = scaled * scaled;
+            live[j] = read(mask + (i + j) * rows + row, lanes);
+            scores[j] = live[j] ? scaled * scaled : set1(-1.0f);
           }
           choose(scores, chosen, n, m);
-          for (int64_t j = 0; j < m; j++) write(mask + (i + j) * rows + row, chosen[j], lanes);
+          for (int64_t j = 0; j < m; j++) {
+            chosen[j] &= live[j];
+            write(mask + (i + j) * rows + row, chosen[j], lanes);
+          }
         }
         const i32x16 kept = m ? chosen[i % m] : read(mask + i * rows + row, lanes);
         const f32x16 error = (f32x16)((i32x16)w[i] & ~kept) / u[i];

@@ -37,6 +37,7 @@ def essential(
         check_target("essential", target, force=force)
     from .folder import write_whole
     from .measure.data import read_text
+    from .measure.tokens import context_length
     from .models.load import load
     from .weights.essential import Order, essential_sparsity, text_measure
 
@@ -47,8 +48,9 @@ def essential(
     with spinner() as progress:
         progress(f"loading {model}")
         loaded = load(model)
+        length = min(512, context_length(loaded.model) or 512)
         for name, content in texts.items():
-            measure, chance = text_measure(loaded, content, max_tokens=max_tokens, length=512)
+            measure, chance = text_measure(loaded, content, max_tokens=max_tokens, length=length)
             curves[name] = [
                 essential_sparsity(
                     loaded.model, measure, chance=chance, m=m if kind == "nm" else None, order=order, drop=drop,

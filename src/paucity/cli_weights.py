@@ -40,7 +40,7 @@ def prune(
     calibration_text: Annotated[str, typer.Option(help="A UTF-8 file, or 'python'.")] = "python",
     num_samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the windows, and of random masks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the windows, and of random masks.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace --out when the model is complete.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same job was killed.")] = False,
     as_json: Json = False,
@@ -60,11 +60,11 @@ def prune(
         options["seed"] = seed
     pruner = _pruner(PRUNERS[method], options)
     calibration = _calibration(model, calibration_text, num_samples, length, seed) if is_calibrated(pruner) else []
+    about = {"text": calibration_text, "num_samples": num_samples, "length": length, "seed": seed}
     with bar() as tell:
         record = prune_folder(
-            model, target, pruner, calibration=calibration, force=force, resume=resume, on_progress=tell
+            model, target, pruner, calibration=calibration, about=about, force=force, resume=resume, on_progress=tell
         )
-    record["calibration"] = {"text": calibration_text, "num_samples": num_samples, "length": length, "seed": seed}
     if as_json:
         return print_json(record)
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -21,11 +21,16 @@ from .weights.sparse_conv import LayerChoice, fold_batchnorm, sparsify_convs
 Progress = Callable[[str], None]
 
 
-def densities(model: nn.Module, kinds: Sequence[str] | None = None) -> dict[str, float]:
-    """Share of nonzeros of each weight of ``kinds`` (see `paucity.models.sites`; None is all) that has zeros at all."""
-    weights = {site.name: model.get_parameter(site.name) for site in find_sites(model, kinds) if site.kind != "norm"}
-    shares = {name: float((weight != 0).double().mean()) for name, weight in weights.items()}
-    return {name: share for name, share in shares.items() if share < 1}
+def densities(model: nn.Module, dense: nn.Module, kinds: Sequence[str] | None = None) -> dict[str, float]:
+    """Nonzeros of each weight of ``kinds`` (see `paucity.models.sites`; None is all) that lost some, as a share.
+
+    Of the weights that ``dense`` has there: ``model`` may be smaller.
+    """
+    names = [site.name for site in find_sites(model, kinds) if site.kind != "norm"]
+    counts = {
+        name: (int(model.get_parameter(name).count_nonzero()), dense.get_parameter(name).numel()) for name in names
+    }
+    return {name: left / size for name, (left, size) in counts.items() if left < size}
 
 
 def measure_images(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from .checks import fail
 
@@ -103,10 +104,16 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, moved to ``path`` at the end; what fails leaves ``path`` as it was."""
+    """A temporary name to write to, moved to ``path`` at the end; what fails leaves ``path`` as it was.
+
+    Raises:
+        OSError: if it cannot be written, also where safetensors says so in an error of its own.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from .folder import Folder, replacing, write_whole
 from .measure.images import Images, read_images
 from .models.facts import model_facts
 from .models.load import Loaded
+from .models.resize import fit_to
 from .models.save import save
 from .models.sites import find_sites
 from .models.vision import BUILDERS, description, load_classifier
@@ -69,7 +70,7 @@ def run_images(recipe: Recipe, out: str | Path, *, force: bool, resume: bool, on
     facts = folder.once("measured", lambda: measure_images(wanted, dense.model, sparse.model, test, tell))
     notes += facts["notes"]
     before, after = (ImageMeasurement(**facts[name]) for name in ("dense", "sparse"))
-    kept = densities(sparse.model)
+    kept = densities(sparse.model, dense.model)
     if not (folder.partial / "model").exists():
         save(sparse, folder.partial / "model", extra=description(sparse.model) | {"steps": records})
     report = Report(
@@ -90,8 +91,6 @@ def run_images(recipe: Recipe, out: str | Path, *, force: bool, resume: bool, on
     report.write(folder.partial / "report.json")
     write_whole(folder.partial / "report.html", render(report))
     write_whole(folder.partial / "recipe.yaml", recipe.to_yaml())
-    for name in ("dense", "sparse"):
-        (folder.partial / f"{name}.safetensors").unlink(missing_ok=True)
     folder.publish()
     return report
 
@@ -147,16 +146,19 @@ def _try_steps(recipe: Recipe, dense: Loaded, calibration: list[Tensor]) -> None
 
 def _trained(folder: Folder, name: str, model: nn.Module, make: Callable[[], Any]) -> Any:
     """What ``make`` says; the weights that it leaves in ``model`` are kept with it, and read back after a resume."""
-    path = folder.partial / f"{name}.safetensors"
+    path = folder.partial / "stages" / f"{name}.safetensors"
 
     def work() -> Any:
         said = make()
+        path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
         return said
 
+    if not path.is_file():  # or gone, with what was said left: a kill amid the publishing
+        folder.keep(name, work())
     said = folder.once(name, work)
-    model.load_state_dict(load_file(path))
+    fit_to(model, load_file(path))
     model.eval()
     return said
 
@@ -206,7 +208,7 @@ def _apply(
         else:
             _, apply_step = method.installer()
             notes, prunes_alone = list(apply_step(sparse, step.method, given, seen).state().get("notes", [])), True
-        own = [share for site, share in densities(sparse.model, getattr(given, "sites", None)).items()]
+        own = densities(sparse.model, teacher, getattr(given, "sites", None)).values()
         record = StepRecord(
             method=step.method,
             family=method.family,
@@ -217,6 +219,7 @@ def _apply(
         )
         records.append(record.model_dump())
     if prunes_alone and how.finetune_epochs:
+        kept = list(densities(sparse.model, teacher))
         tell(f"training what is left, {how.finetune_epochs} epochs")
         train(
             sparse.model,
@@ -226,7 +229,7 @@ def _apply(
             learning_rate=how.finetune_learning_rate,
             shift=how.shift,
             seed=recipe.seed,
-            masks=Masks.from_zeros(sparse.model, list(densities(sparse.model))),
+            masks=Masks.from_zeros(sparse.model, kept) if kept else None,
             teacher=teacher if how.distil else None,
         )
     return records

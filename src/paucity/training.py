@@ -126,8 +126,8 @@ def train(
         shift: each batch is moved by up to so many pixels in each direction, its border repeated.
 
     Raises:
-        InputError: if a number is out of range, the model does not know the labels, masks do not fit, or the loss is
-            no longer finite.
+        InputError: if a number is out of range, the model has nothing to train or does not know the labels, masks do
+            not fit, or the loss is no longer finite.
     """
     _check_parts(model, images, masks, teacher)
     check_range("train", "learning_rate", learning_rate, 0, open_low=True)
@@ -172,13 +172,15 @@ def train(
     return History(losses, time.monotonic() - started, total)
 
 
-def _check_parts(model: object, images: object, masks: object, teacher: object) -> None:
+def _check_parts(model: nn.Module, images: object, masks: object, teacher: object) -> None:
     wanted: dict[str, tuple[object, type]] = {"model": (model, nn.Module), "images": (images, Images)}
     wanted |= {"masks": (masks, Masks)} if masks is not None else {}
     wanted |= {"teacher": (teacher, nn.Module)} if teacher is not None else {}
     for name, (value, kind) in wanted.items():
         if not isinstance(value, kind):
             raise InputTypeError(f"train: {name} must be {kind.__name__}, got {type(value).__name__}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise fail("train", "model", "have a parameter to train", "none")
 
 
 def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:

@@ -48,6 +48,8 @@ def test_bad_input():
         add_gram(torch.zeros(3, 3).double(), torch.ones(2, 3))
     with pytest.raises(InputError, match="gram must have contiguous rows"):
         add_gram(torch.zeros(3, 6)[:, ::2], torch.ones(2, 3))
+    with pytest.raises(InputError, match="squares must be contiguous"):
+        add_squares(torch.zeros(6).double()[::2], torch.ones(2, 3))
     with pytest.raises(InputTypeError, match="inputs"):
         add_gram(empty_gram(3), torch.ones(2, 3).long())
 

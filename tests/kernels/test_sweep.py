@@ -39,9 +39,22 @@ def test_groups_match_reference(monkeypatch, n, m, cols, rows):
     assert (found[1].unflatten(0, (-1, m)).sum(1) == n).all()
 
 
+def test_groups_stay_within_a_mask(monkeypatch):
+    weight, factor = problem(64, 33)
+    live = torch.rand(64, 33) < 0.6
+    found = column_sweep(weight * live, factor, live, n=2, m=4)
+    monkeypatch.setenv("PAUCITY_KERNELS", "reference")
+    expected = column_sweep(weight * live, factor, live, n=2, m=4)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1].unflatten(0, (-1, 4)).sum(1), live.unflatten(0, (-1, 4)).sum(1).clamp(max=2))
+    assert not (found[1] & ~live).any()
+
+
 def test_bad_input():
     weight, factor = problem(8, 4)
-    with pytest.raises(InputError, match="exactly one of mask and n, m must be given, got neither"):
+    with pytest.raises(InputError, match="mask or n and m must be given, got neither"):
         column_sweep(weight, factor)
     with pytest.raises(InputError, match="m must divide the inputs of weight"):
         column_sweep(weight, factor, n=2, m=3)

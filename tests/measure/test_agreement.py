@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError
-from paucity.measure.agreement import agreement
+from paucity.measure.agreement import _sums, agreement
 from paucity.measure.quality import bits_per_byte
 
 TEXT = "def f(x):\n    return abs(x) + 1\n" * 6
@@ -74,3 +74,20 @@ def test_bad_input(llama, tokenizer, tiny_model):
         agreement(llama, llama, tokenizer, "", length=64)
     with pytest.raises(TypeError, match="text must be a string"):
         agreement(llama, llama, tokenizer, 3)
+
+
+def test_a_logit_that_is_no_number_agrees_with_nothing(llama, tokenizer):
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] = float("nan")
+    found = agreement(llama, other, tokenizer, TEXT, length=64)
+    assert math.isnan(found.divergence.value)
+    assert (found.same_top.value, found.gained) == (0, 0)
+    assert [math.isnan(side.value) for side in found.nats] == [False, True]
+
+
+def test_tokens_that_a_model_rules_out():
+    inf, wanted = math.inf, torch.tensor([1])
+    ruled_out, other = torch.tensor([[0.0, 0, -inf]]), torch.tensor([[1.0, 0, -inf]])
+    assert math.isfinite(_sums(ruled_out, other, wanted)[1])
+    assert _sums(torch.zeros(1, 3), other, wanted)[1] == inf

@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import Llama4ForCausalLM, Llama4TextConfig, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from paucity.checks import InputError
 from paucity.models.hooks import capture_inputs, input_norms, input_samples
@@ -70,6 +72,66 @@ def test_expert_without_tokens_has_norm_zero(tiny_model):
         assert torch.equal(norms[site.name].any(-1), used)
 
 
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "kwargs"),
+    [
+        (lambda: ViTModel(ViTConfig(**TINY, image_size=8, patch_size=4)), (2, 3, 8, 8), lambda x: {"pixel_values": x}),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=5)),
+            (2, 7),
+            lambda x: {"input_ids": x, "decoder_input_ids": F.pad(x[:, :-1], (1, 0), value=5)},
+        ),
+    ],
+)
+def test_norms_of_other_transformers(build, shape, kwargs):
+    """The main input is given by its name, and a decoder reads the text behind its start."""
+    model = build().eval()
+    batch = torch.randn(shape) if len(shape) == 4 else torch.randint(3, 64, shape)
+    sites = find_sites(model, "linear")
+    seen = {site.name: [] for site in sites}
+    with capture_inputs(model, sites, lambda site, inputs, _: seen[site.name].append(inputs)), torch.no_grad():
+        model(**kwargs(batch))
+    norms = input_norms(model, sites, [batch])
+    for site in sites:
+        torch.testing.assert_close(norms[site.name], torch.cat(seen[site.name]).square().sum(0).sqrt())
+
+
+def test_experts_that_get_their_tokens_already_scaled():
+    """Llama 4 gives every expert all tokens, those of other experts as zeros, and stores its stacks transposed."""
+    options = TINY | {"intermediate_size_mlp": 24, "num_local_experts": 3, "num_key_value_heads": 1, "head_dim": 8}
+    model = Llama4ForCausalLM(Llama4TextConfig(**options, vocab_size=64, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    sites = find_sites(model, "experts")
+    seen = {site.name: [None] * 3 for site in sites}
+
+    def note(site, inputs, expert):
+        seen[site.name][expert] = inputs
+
+    outputs = {}
+    handles = [
+        model.get_submodule(site.module).register_forward_hook(
+            lambda _, args, out, name=site.name: outputs.update({name: out})
+        )
+        for site in sites
+    ]
+    with capture_inputs(model, sites, note), torch.no_grad():
+        model(torch.randint(3, 64, (1, 12)))
+    for handle in handles:
+        handle.remove()
+    for site in sites:
+        assert sum(len(inputs) for inputs in seen[site.name]) == 12  # one expert a token
+        assert weight_view(model, site).shape == ((3, 48, 16) if site.kind == "expert_gate_up" else (3, 16, 24))
+        if site.kind == "expert_down":  # what is captured, times the weights, is what the module gives
+            parts = zip(seen[site.name], weight_view(model, site), outputs[site.name].view(3, 12, 16), strict=True)
+            for inputs, weight, out in parts:
+                torch.testing.assert_close(inputs @ weight.T, out[out.any(-1)])
+
+
 def test_norms_of_plain_modules():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(1), nn.Linear(4 * 4, 1))
     images = torch.randn(3, 2, 4, 4)
@@ -132,6 +194,8 @@ def test_bad_input(tiny_model):
         input_norms(model, find_sites(model, "embedding"), [torch.tensor([[1]])])
     with pytest.raises(InputError, match=r"input_samples: max_tokens must be at least 1, got 0"):
         input_samples(model, sites, [torch.tensor([[1]])], max_tokens=0)
+    with pytest.raises(InputError, match=r"hold token ids for LlamaForCausalLM, got torch.float32"):
+        input_norms(model, find_sites(model, "lm_head"), [torch.ones(1, 4, 32)])
     model = nn.TransformerEncoderLayer(4, 1, dim_feedforward=4).train()
     with pytest.raises(
         InputError, match=r"sites must be run by the model's forward, got self_attn\.out_proj\.weight, wh"

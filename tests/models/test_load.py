@@ -5,11 +5,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from paucity.checks import InputError
 from paucity.measure.data import tiny_stories
 from paucity.models.load import byte_tokenizer, load
+from paucity.models.packed_files import save_packed
 from paucity.models.save import save
+from paucity.models.sites import find_sites, weight_view
+from paucity.weights import pack
 
 
 def test_folder_with_and_without_tokenizer(tiny_model, tmp_path):
@@ -119,3 +123,24 @@ def test_real_model_reaches_its_known_perplexity(stories260k):
             total += nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += ids.shape[1] - 1
     assert math.exp(total / count) == pytest.approx(4.15, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_dtype_leaves_the_rotary_frequencies_exact(tiny_model, tmp_path, dtype):
+    model, ids = tiny_model("llama", vocab_size=300), torch.arange(3, 120)[None]
+    for site in find_sites(model, "linear"):
+        weight_view(model, site)[..., ::2] = 0
+    model.save_pretrained(tmp_path / "m")
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=getattr(torch, dtype))
+    loaded = load(tmp_path / "m", dtype=dtype)
+    assert {name: b.dtype for name, b in own.named_buffers()} == {
+        name: b.dtype for name, b in loaded.model.named_buffers()
+    }
+    with torch.no_grad():
+        expected = own(ids).logits
+        assert torch.equal(loaded.model(ids).logits, expected)
+        assert torch.equal(load(model, dtype=dtype).model(ids).logits, expected)
+        pack(loaded)
+        packed = loaded.model(ids).logits
+        save_packed(loaded, tmp_path / "packed")
+        assert torch.equal(load(tmp_path / "packed").model(ids).logits, packed)

@@ -162,3 +162,53 @@ def test_what_is_damaged_is_refused(tiny_model, tmp_path):
     refused("layers.1")
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
     refused("folder must be whole")
+
+
+def test_what_the_architecture_ties_comes_back_apart(tiny_model, tmp_path):
+    model = sparse(tiny_model("llama", vocab_size=300))
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach() * 2)
+    pack(model)
+    save_packed(Loaded(model, None, "tiny"), tmp_path / "m")
+    again = paucity.load(tmp_path / "m").model
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+class Twice(nn.Module):
+    """One layer, or two."""
+
+    def __init__(self, shared=True):
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+        self.b = self.a if shared else nn.Linear(32, 32)
+        self.c = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def test_a_module_at_two_paths(tiny_model, tmp_path):
+    model, x = Twice(), torch.randn(3, 32)
+    model.a.weight.data[:, ::2] = 0
+    pack(model)
+    save_packed(Loaded(model, None, "x"), tmp_path / "m")
+    for fresh in (Twice(), Twice(shared=False)):
+        assert torch.equal(load_packed(tmp_path / "m", fresh).model(x), model(x))
+    apart = Twice(shared=False)
+    apart.c.weight.data[:, ::2] = 0
+    pack(apart)
+    save_packed(Loaded(apart, None, "x"), tmp_path / "apart")
+    with pytest.raises(InputError, match=r"with b\.weight apart from a\.weight, with which it is one module there"):
+        load_packed(tmp_path / "apart", Twice())
+    index = json.loads((tmp_path / "m" / PACKED_INDEX).read_text())
+    (tmp_path / "m" / PACKED_INDEX).write_text(json.dumps(index | {"shared": {"b": "d"}}))
+    with pytest.raises(InputError, match=r"be whole, got .*\(b shared with d, which it lacks\)"):
+        load_packed(tmp_path / "m", Twice())
+
+    llama = sparse(tiny_model("llama"))
+    llama.model.layers[1].mlp = llama.model.layers[0].mlp
+    llama.model.norm.weight = llama.model.layers[1].input_layernorm.weight
+    pack(llama)
+    save_packed(Loaded(llama, None, "tiny"), tmp_path / "llama")
+    assert torch.equal(logits(paucity.load(tmp_path / "llama").model), logits(llama))

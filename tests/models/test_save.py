@@ -192,7 +192,44 @@ def test_a_move_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
             raise OSError("no")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="no"):
-        save(Loaded(nn.Linear(1, 1), None, "Linear"), tmp_path / "m", force=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["m", "old"]
+    for rename_of in (fail_for_new, lambda self, _: fail_for_new(self.with_suffix(".tmp"), _)):
+        monkeypatch.setattr(Path, "rename", rename_of)
+        with pytest.raises(OSError, match="no"):
+            save(Loaded(nn.Linear(1, 1), None, "Linear"), tmp_path / "m", force=True)
+        assert [path.name for path in tmp_path.rglob("*")] == ["m", "old"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_link_to_a_folder_stays_one(tmp_path, force):
+    (tmp_path / "m").mkdir()
+    if force:
+        (tmp_path / "m" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("m")
+    save(Loaded(nn.Linear(1, 1), None, "Linear"), tmp_path / "link", force=force)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m"]
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"model.safetensors", "paucity.json"}
+
+
+def test_the_working_directory_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for folder in (".", "..", tmp_path / "a" / "b"):
+        with pytest.raises(InputError, match="save: folder must not be the working directory or one above it"):
+            save(Loaded(nn.Linear(1, 1), None, "Linear"), folder, force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
+    save(Loaded(nn.Linear(1, 1), None, "Linear"), "c")
+
+
+def test_a_packed_layer_at_two_paths(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    for site in find_sites(model, "linear"):
+        weight_view(model, site)[..., ::2] = 0
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    expected = model(IDS).logits
+    pack(model)
+    save(Loaded(model, None, "tiny"), tmp_path / "m")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(again(IDS).logits, expected)

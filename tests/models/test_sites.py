@@ -6,7 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from paucity.checks import InputError
+from paucity.kernels.linear import PackedLinear
 from paucity.models.sites import GROUPS, KINDS, Site, find_sites, weight_view
+from paucity.ops.formats import PackedNM
 
 SPLIT = ("q", "k", "v", "o")
 GATED = (*SPLIT, "gate", "up", "down")
@@ -125,6 +127,9 @@ def test_bad_input(tiny_model):
         find_sites(model, ["up", "gate"])
     with pytest.raises(InputError, match=r"kinds must be in the model .*, got experts\."):
         find_sites(model, ["experts"])
+    packed = nn.Sequential(PackedLinear(PackedNM.pack(torch.eye(4), 1, 4)))
+    with pytest.raises(InputError, match=r"\(it has none; packed layers are none, until paucity\.weights\.unpack"):
+        find_sites(packed, "linear")
     with pytest.raises(InputError, match=r"kinds must be one of .*, got attenion \(did you mean 'attention'\?\)"):
         find_sites(model, ["attenion"])
     with pytest.raises(InputError, match=r"weight_view: site must be in the model, got nowhere\.weight\."):

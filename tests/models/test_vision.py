@@ -5,8 +5,11 @@ import torch
 from torch import fx, nn
 
 from paucity.checks import InputError
+from paucity.models.load import Loaded
+from paucity.models.save import save
 from paucity.models.sites import find_sites
-from paucity.models.vision import BUILDERS, ConvNet, ViT
+from paucity.models.vision import BUILDERS, ConvNet, ViT, description, load_classifier
+from paucity.weights.structured.channels import ChannelsOptions, apply_step
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -65,10 +68,30 @@ def test_sites_have_layers():
     assert kinds >= {"q", "k", "v", "o", "up", "down"}
 
 
-def test_bad_input():
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_was_saved_loads_with_removed_channels_too(tmp_path, name):
+    model = BUILDERS[name](image_size=8).eval()
+    dense = sum(p.numel() for p in model.parameters())
+    loaded, x = Loaded(model, None, name), torch.randn(2, 1, 8, 8)
+    save(loaded, tmp_path / "dense", extra=description(model))
+    assert torch.equal(load_classifier(tmp_path / "dense")(x), model(x))
+    apply_step(loaded, "channels", ChannelsOptions(), [x])
+    save(loaded, tmp_path / "small", extra=description(model))
+    again = load_classifier(tmp_path / "small")
+    assert torch.equal(again(x), model(x))
+    assert sum(p.numel() for p in again.parameters()) < dense
+
+
+def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="ConvNet: depth must be at least 3, got 2"):
         ConvNet(depth=2)
     with pytest.raises(InputError, match=r"patch_size must divide the side of a picture \(28\), got 5"):
         ViT(patch_size=5)
     with pytest.raises(InputError, match=r"heads must divide dim \(64\), got 5"):
         ViT(heads=5)
+    model = ConvNet(width=4)
+    save(Loaded(model, None, ""), tmp_path / "wider", extra=description(ConvNet(width=2)))
+    save(Loaded(model, None, ""), tmp_path / "deeper", extra=description(ConvNet(width=4, depth=7)))
+    for folder in ("wider", "deeper", "nowhere"):
+        with pytest.raises(InputError, match="folder must hold a convnet or vit that paucity saved"):
+            load_classifier(tmp_path / folder)

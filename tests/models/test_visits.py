@@ -9,7 +9,7 @@ from torch import nn
 from paucity.checks import InputError
 from paucity.models.blocks import sites_by_block
 from paucity.models.sites import find_sites
-from paucity.models.visits import visits
+from paucity.models.visits import in_turn, visits
 
 
 def walk(model, kind, batches, look=lambda path: None):
@@ -70,6 +70,44 @@ def test_a_block_that_repeats_lets_a_batch_through_as_often_as_it_comes():
     model.a.register_forward_hook(lambda *_: runs.append(1))
     assert walk(model, "linear", [torch.ones(1, 2)] * 3) == [("a", 3), ("b", 3)]
     assert len(runs) == 6
+
+
+class Net(nn.Module):
+    """Two layers registered in the other order, run as ``forward`` says."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.second, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def under(context):
+    def forward(net, x):
+        with context():
+            return net.second(net.first(x))
+
+    return forward
+
+
+def test_what_runs_in_another_order_than_it_is_registered():
+    model = Net(lambda net, x: net.second(net.first(x)))
+    assert in_turn(model, ["second", "first"], torch.ones(2, 4))
+    assert walk(model, "linear", [torch.ones(1, 4)] * 2) == [("first", 2), ("second", 2)]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.first(net.second(net.first(x))),  # comes back
+        under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+        under(torch.inference_mode),
+    ],
+)
+def test_what_cannot_be_halted_between_its_blocks(forward):
+    assert not in_turn(Net(forward), ["second", "first"], torch.ones(2, 4))
 
 
 def test_a_language_model_goes_block_by_block(tiny_model):

@@ -54,6 +54,14 @@ def test_a_parabola_has_a_ratio_of_three_and_scales_do_not_matter():
     assert (other.x, other.ratio) == pytest.approx((100 * one.x, one.ratio), rel=1e-3)
 
 
+def test_a_smooth_curve_is_not_sharp():
+    assert knee(X, broken(0.41, -0.1, -1.0)).is_sharp
+    for power in (2, 3, 4):
+        found = knee(X, [1 - 2 * x**power for x in X])
+        assert found.smooth_residual < 1e-9 < found.residual
+        assert not found.is_sharp
+
+
 def test_where_there_is_no_knee():
     assert knee(X, [1 - x for x in X]) is None  # straight
     assert knee(X, [math.exp(-5 * x) for x in X]) is None  # falls fastest at first

@@ -11,7 +11,7 @@ from paucity.models.blocks import sites_by_block
 from paucity.models.hooks import input_norms
 from paucity.models.load import Loaded
 from paucity.models.sites import find_sites, weight_view
-from paucity.weights import Wanda, prune, wanda_mask
+from paucity.weights import prune, wanda_mask
 from paucity.weights.apply import apply_step, options_for
 from paucity.weights.matrices import from_matrices
 
@@ -62,7 +62,7 @@ def test_each_site_is_calibrated_in_the_dense_model(tiny_model, architecture):
 def test_the_order_of_blocks_calibrates_a_block_while_none_of_it_is_pruned(tiny_model, kind):
     model, reference, batches = tiny_model(kind), tiny_model(kind), [*tokens(), *tokens(1, 7)]
     reference.load_state_dict(model.state_dict())
-    masks = prune(wrap(model), Wanda(order="block"), calibration=batches)
+    masks = prune(wrap(model), "wanda", order="block", calibration=batches)
     for _, group in sites_by_block(find_sites(reference, ("linear",))):
         norms = input_norms(reference, group, batches)
         for site in group:

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from paucity import cli
 from paucity.checks import InputError
+from paucity.kernels.linear import PackedLinear
 from paucity.models.load import Loaded
 from paucity.models.packed import packed_linears
+from paucity.ops.formats import PackedNM
 from paucity.weights import break_even
 from paucity.weights.break_even import measure_break_even
 from paucity.weights.break_even_report import Crossover, advice_of, crossover_density
@@ -84,8 +86,22 @@ def test_bad_input_is_refused_before_anything_is_timed():
     ):
         with pytest.raises(InputError, match=message):
             measure_break_even([(16, 16)], **arguments)
-    with pytest.raises(InputError, match="must hold at least one each"):
-        measure_break_even(nn.Sequential(nn.ReLU()))
+    for model in (nn.Sequential(nn.ReLU()), nn.Sequential(PackedLinear(PackedNM.pack(torch.eye(4), 1, 4)))):
+        with pytest.raises(InputError, match="target must have linear layers that are not packed, got Sequential"):
+            measure_break_even(model)
+    for shape, arguments in (
+        ((10, 10), {"formats": ["blocks"]}),
+        ((64, 64), {"formats": ["nm"], "densities": [0.3]}),
+        ((6, 6), {"formats": ["nm", "blocks"], "on_progress": pytest.fail}),
+    ):
+        with pytest.raises(InputError, match="formats and densities must fit a shape"):
+            measure_break_even([shape], **arguments)
+
+
+def test_a_format_that_fits_nothing_is_named():
+    found = measure_break_even([(20, 48)], densities=[0.5], batches=[1], repeats=1, cold_bytes=1)
+    assert {row.format for row in found.rows} == {"bitmask", "nm"}
+    assert found.advice[1:] == ("blocks was not measured: it fits no shape and density.",)
 
 
 def test_command(tmp_path, monkeypatch):

@@ -181,3 +181,28 @@ def test_bad_input_leaves_the_model(tiny_model):
         model.model.layers[1].mlp.up_proj.weight[0] = float("inf")
     with pytest.raises(InputError, match=r"finite weights, got NaN or infinity in .*up_proj"):
         gqsa(model, tokens())
+
+
+@pytest.mark.parametrize("options", [ONE_SHOT, TRAINED])
+def test_what_is_not_finite_behind_the_last_site_is_refused_at_once(tiny_model, options):
+    for architecture, name, found in (
+        ("gpt2", "transformer.h.1.mlp.c_proj.bias", r"output of transformer\.h\.1"),
+        ("llama", "model.norm.weight", "loss of the model"),
+    ):
+        model, steps = tiny_model(architecture), []
+        with torch.no_grad():
+            model.get_parameter(name)[0] = float("nan")
+        before = snapshot(model)
+        given = GqsaOptions(group_size=8, **options | ({"e2e_steps": 1} if architecture == "llama" else {}))
+        with pytest.raises(InputError, match=f"finite activations, got NaN or infinity in the {found}"):
+            gqsa(model, tokens(), given, on_progress=lambda done, _, steps=steps: steps.append(done))
+        assert len(steps) <= 2 * (1 + 2 * options["block_epochs"])
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_small_weights_in_float16_are_rounded_as_they_are_packed():
+    matrix = (7.8e-5 * torch.randn(8, 64)).half()
+    weight = GroupWeight(matrix, torch.ones(8, 4, dtype=torch.bool), 4)
+    weight.freeze()
+    assert torch.equal(weight.packed().unpack(), PackedGroups.pack(matrix).unpack())

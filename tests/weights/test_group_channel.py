@@ -218,3 +218,18 @@ def test_bad_input(net, images):
     for share in (0.0, 1.0):
         with pytest.raises(InputError, match="parameters must"):
             group_channel_prune(net, images, parameters=share)
+
+
+def test_a_classifier_with_norms_of_its_own_has_no_map_to_distil(images):
+    def convs(*more):
+        layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), *more]
+        return nn.Sequential(*layers, nn.Linear(16, 4))
+
+    conv = (nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    vgg = convs(*conv, nn.Flatten(), nn.Linear(256, 16), nn.BatchNorm1d(16), nn.ReLU())
+    pooled = convs(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16))  # a flat norm of the last channels
+    for net in (vgg, pooled):
+        groups = channel_groups(net, images.pixels[:2])
+        assert last_norms(net, groups, divide(net, groups)) == ["1", "5"]
+        done = group_channel_prune(net, images, parameters=0.5, sparse_epochs=1, distil_epochs=1)
+        assert done.parameters < 0.7

@@ -131,6 +131,10 @@ def test_a_kill_loses_the_round_it_falls_in_and_no_more(tmp_path):
     assert finished.rounds[-1].record == whole.rounds[-1].record
     with pytest.raises(InputError, match="folder must be absent, empty or of the same plan"):
         iterative_magnitude(net(), train, **options | {"sparsity": 0.7})
+    for record in ('{"sparsity": ', '{"record": {}}', "[]"):
+        (tmp_path / "run/round_001/record.json").write_text(record)
+        with pytest.raises(InputError, match=r"folder must hold .*record.*, got .*record\.json"):
+            iterative_magnitude(net(), train, **options)
 
 
 def test_random_masks_keep_as_many_in_every_layer():
@@ -169,6 +173,9 @@ def test_reinitialise_follows_its_seed_and_leaves_random_numbers_alone():
     reinitialise(other, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
     assert same(state(one), state(other))
+    assert not torch.equal(
+        state(one)["0.weight"], state(net(7))["0.weight"]
+    )  # not the weights that the seed drew first
     odd = nn.Sequential(nn.Linear(2, 2))
     odd.register_parameter("scale", nn.Parameter(torch.ones(1)))
     with pytest.raises(InputError, match="hold only modules with reset_parameters, got Sequential"):

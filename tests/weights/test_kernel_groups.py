@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from paucity.checks import InputError
+from paucity.models.load import Loaded
 from paucity.models.vision import ConvNet
-from paucity.weights.kernel_groups import kernel_group_mask, kernel_group_masks, permute_channels, rearrange
+from paucity.weights.kernel_groups import (
+    KernelGroups,
+    apply_step,
+    kernel_group_mask,
+    kernel_group_masks,
+    permute_channels,
+    rearrange,
+)
 from paucity.weights.sparse_conv import fold_batchnorm, sparsify_convs
 from paucity.weights.structured.channels_groups import channel_groups
 
@@ -68,6 +77,31 @@ def test_rearrangement_finds_hidden_groups_and_keeps_the_function():
     torch.testing.assert_close(found.model(x), model(x), rtol=1e-4, atol=1e-5)
     again = rearrange(found.model, x, group_size=2, sparsity=0.5)
     assert again.kept_after >= found.kept_after
+
+
+def hugging_face(name):
+    torch.manual_seed(0)
+    if name == "resnet":
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2])
+        return transformers.ResNetForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    return transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (2, 8))
+
+
+@pytest.mark.parametrize(("name", "site"), [("resnet", "pointwise"), ("llama", "linear")])
+def test_models_whose_output_is_no_tensor(name, site):
+    model, x = hugging_face(name)
+    found = rearrange(model, x, group_size=4, sparsity=0.5, sites=[site])
+    assert found.orders
+    assert found.kept_after > found.kept_before
+    torch.testing.assert_close(found.model(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+    before = model(x).logits
+    applied = apply_step(Loaded(model, None, name), "kernel_groups", KernelGroups(sites=(site,)), [x])
+    assert "rearranged" in applied.state()["notes"][0]
+    applied.remove()
+    assert torch.equal(model(x).logits, before)
 
 
 def test_pattern_runs_on_the_sparse_product():

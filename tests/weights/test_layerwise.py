@@ -1,17 +1,21 @@
 """The order of pruning: block by block, on kept hidden states or from the start, resumed, and on any calibration."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paucity.checks import InputError
 from paucity.models.blocks import Chain, UpTo, open_chain, sites_by_block
-from paucity.models.hooks import capture_inputs
+from paucity.models.hooks import capture_inputs, input_norms
 from paucity.models.sites import find_sites
-from paucity.weights import SparseGPT, Taylor, Wanda, prune
+from paucity.weights import Random, SparseGPT, Taylor, Wanda, prune
 from paucity.weights.layerwise import prune_layers
 from paucity.weights.matrices import as_matrices, from_matrices
+from paucity.weights.wanda import wanda_mask
 
 
 def tokens(count=3, length=12):
@@ -92,6 +96,55 @@ def test_a_killed_job_goes_on_where_it_was(tiny_model, method, tmp_path):
     assert same(state(model), wanted)
     assert (1, 14) in solved
     assert solved[-1] == (14, 14)
+
+
+def test_a_folder_of_another_job_is_refused(tiny_model, tmp_path):
+    model, batches = tiny_model("llama"), tokens()
+    dense = state(model)
+    expected = prune(model, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path)
+    model.load_state_dict(dense)
+    other = tiny_model("llama")
+    cases = [
+        (model, "wanda", 0.6, batches),
+        (model, "sparsegpt", 0.5, batches),
+        (model, "wanda", 0.5, tokens()),
+        (other, "wanda", 0.5, batches),
+        (tiny_model("gpt2"), "wanda", 0.5, batches),
+    ]
+    for given, method, sparsity, calibration in cases:
+        with pytest.raises(InputError, match="keep must be a new folder or that of the same job"):
+            prune(given, method, sparsity=sparsity, calibration=calibration, keep=tmp_path)
+    assert same(state(model), dense)
+    assert prune(model, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path) == expected
+    (tmp_path / "job.json").unlink()
+    with pytest.raises(InputError, match="that of the same job"):
+        prune(other, "wanda", sparsity=0.5, calibration=batches, keep=tmp_path)
+
+
+def test_notes_survive_a_kill(tiny_model, tmp_path):
+    model, batches = tiny_model("llama").bfloat16(), tokens(1, 8)  # fewer tokens than inputs: singular Hessians
+    sites, dense = find_sites(model, ("linear",)), state(model)
+
+    def run(keep, tell=lambda *_: None):
+        model.load_state_dict(dense)
+        return prune_layers(model, sites, SparseGPT(), batches, tell=tell, keep=keep).notes
+
+    def kill(done, total, what):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, kill)
+    wanted = run(None)
+    assert wanted
+    assert run(tmp_path) == wanted
+
+
+def test_seeds_of_random_masks():
+    net = nn.Sequential(nn.Linear(6, 8))
+    prune(net, Random(seed=2**32 - 1))
+    with pytest.raises(ValidationError, match="less than 4294967296"):
+        Random(seed=2**32)
 
 
 def test_calibration_in_any_form(tiny_model):
@@ -204,3 +257,78 @@ def test_bad_calibration_is_refused_before_any_work(tiny_model):
     with pytest.raises(InputError, match="method must hold the other options itself"):
         prune(model, Wanda(), sparsity=0.3, calibration=tokens())
     assert same(state(model), dense)
+
+
+class Cell(nn.Module):
+    """Runs one layer six times; what it reads of its own is 0 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = torch.zeros(len(x), 4)
+        for t in range(x.shape[1]):
+            hidden = torch.tanh(self.cell(torch.cat([x[:, t], hidden], 1)))
+        return hidden
+
+
+class Around(nn.Module):
+    """Two layers within a context of the thread."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.a, self.b, self.context = nn.Linear(8, 8), nn.Linear(8, 8), context
+
+    def forward(self, x):
+        with self.context():
+            return self.b(self.a(x))
+
+
+def test_every_run_of_a_layer_counts():
+    model, x = Cell(), torch.randn(5, 6, 4)
+    norm = input_norms(model, find_sites(model), [x])["cell.weight"]
+    expected = wanda_mask(model.cell.weight, norm, sparsity=0.5)
+    assert torch.equal(prune(model, "wanda", sparsity=0.5, calibration=[x[:2], x[2:]])["cell.weight"], expected)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_contexts_within_a_forward_are_left(method):
+    for context in (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode):
+        prune(Around(context), method, sparsity=0.5, calibration=[torch.randn(20, 8), torch.randn(20, 8)])
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        assert len(prune(Around(nullcontext), method, sparsity=0.5, calibration=[torch.randn(20, 8)])) == 2
+
+
+def test_nested_stages_are_blocks_of_their_own():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    model = nn.Module()
+    model.stages = nn.ModuleList(Stage() for _ in range(2))
+    model.forward = lambda x: model.stages[1](model.stages[0](x))
+    paths = [path for path, _ in sites_by_block(find_sites(model))]
+    assert paths == [f"stages.{stage}.layers.{layer}" for stage in range(2) for layer in range(2)]
+    assert len(prune(model, "wanda", calibration=[torch.randn(9, 4)])) == 4
+
+
+def test_texts_of_a_plain_module_stay_apart():
+    seen = []
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    prune(model, "wanda", calibration=[torch.arange(5), torch.arange(5)])
+    assert seen.count((5, 4)) >= 2
+    assert (10, 4) not in seen
+
+
+@pytest.mark.parametrize(("method", "order"), [("dsnot", "dense"), ("sparsegpt", "dense"), ("wanda", "block")])
+def test_what_is_solved_in_turn_is_not_global(tiny_model, method, order):
+    with pytest.raises(InputError, match="scope must not be global where layers are solved one after the other"):
+        prune(tiny_model("llama"), method, scope="global", order=order, calibration=tokens())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from paucity.checks import InputError
 from paucity.measure.images import Images
@@ -11,6 +12,7 @@ from paucity.models.sites import find_sites, weight_view
 from paucity.models.vision import ConvNet, ViT
 from paucity.training import train
 from paucity.weights import prune
+from paucity.weights.gradients import squared_gradients
 
 
 def build(name):
@@ -89,3 +91,49 @@ def test_kinds_of_convolutions():
     assert len(find_sites(model, "conv")) == 7
     with pytest.raises(InputError, match=r"m must divide the input size of stem\.weight"):
         prune(Loaded(model, None, "x"), "magnitude", n=2, m=4, sites=("conv",))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "taylor"])
+@pytest.mark.parametrize("order", ["dense", "block"])
+def test_vision_models_of_transformers(method, order):
+    options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**options, image_size=8, patch_size=4, num_channels=1, num_labels=4))
+    labels = torch.arange(8) % 4
+    calibration = [(x, labels) for x in pictures()]
+    masks = prune(model, method, sparsity=0.5, order=order, calibration=calibration)
+    assert masks.achieved_in(model).achieved == pytest.approx(0.5, abs=0.01)
+
+
+def test_taylor_takes_the_loss_of_the_head():
+    options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**options, image_size=8, patch_size=4, num_channels=1, num_labels=4))
+    x, labels = pictures()[0], torch.arange(8) % 4
+    sites = find_sites(model, "linear")
+    found = squared_gradients(model, sites, [(x, labels)])
+    torch.nn.functional.cross_entropy(model(x).logits, labels).backward()
+    for site in sites:
+        torch.testing.assert_close(found[site.name], model.get_parameter(site.name).grad.square())
+    with pytest.raises(InputError, match="have a head with a loss"):
+        squared_gradients(model.vit, find_sites(model.vit, "linear"), [(x, labels)])
+    with pytest.raises(InputError, match=r"hold \(inputs, labels\)"):
+        squared_gradients(model, sites, [x])
+
+
+def test_taylor_on_texts_with_labels_and_with_an_encoder():
+    options = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**options, decoder_start_token_id=0)).eval()
+    ids = torch.randint(3, 64, (1, 6))
+    sites = find_sites(model, "linear")
+    alone, labelled = squared_gradients(model, sites, [ids]), squared_gradients(model, sites, [(ids, ids)])
+    model(input_ids=ids, labels=ids).loss.backward()
+    for site in sites:
+        wanted = model.get_parameter(site.name).grad.square()
+        torch.testing.assert_close(alone[site.name], wanted)
+        torch.testing.assert_close(labelled[site.name], wanted)
+
+
+def test_taylor_names_a_site_that_the_loss_does_not_use():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+    model.forward = lambda x: model["a"](x)
+    with pytest.raises(InputError, match=r"sites must be used by the loss, got b\.weight"):
+        prune(model, "taylor", calibration=[(torch.randn(2, 4), torch.tensor([0, 1]))])

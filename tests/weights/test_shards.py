@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import paucity
@@ -97,14 +98,12 @@ def test_tied_heads_and_the_source_stay(folder, tmp_path):
 
 def test_bad_input_writes_nothing(folder, tmp_path):
     _, source = folder("llama")
-    _, experts = folder("mixtral")
     cases = [
         (source, Wanda(), (), "at least one batch of tokens"),
         (source, Wanda(), [torch.tensor([[99]])], "token ids from 0 to 63"),
         (source, Magnitude(block=(1, 7)), (), "block must divide"),
-        (source, Magnitude(sites=("lm_head",)), (), "sites must lie in the blocks"),
+        (source, Magnitude(sites=("conv",)), (), "kinds must be in the model"),
         (tmp_path / "nothing", Magnitude(), (), "be 'embedded', a hub id or a folder"),
-        (experts, Magnitude(), (), "store each parameter as one tensor"),
     ]
     for path, pruner, calibration, message in cases:
         with pytest.raises(InputError, match=message):
@@ -113,3 +112,58 @@ def test_bad_input_writes_nothing(folder, tmp_path):
     (source / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="readable safetensors"):
         prune_folder(source, tmp_path / "out", Magnitude())
+
+
+def base_only(model, path):
+    """As GPT-2 lies on the hub: without the prefix of the base model, and with a buffer."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.clone() for name, tensor in state.items() if name != "lm_head.weight"}
+    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 256, 256)}, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites", "reason"),
+    [
+        ("mixtral", ("linear",), "tensors in its files are not parameters one to one"),
+        ("gpt2", ("linear",), "tensors in its files are not parameters one to one"),
+        ("llama", ("lm_head",), "lm_head.weight is in no block"),
+    ],
+)
+def test_what_cannot_be_read_by_blocks_is_loaded_whole(folder, tmp_path, kind, sites, reason):
+    model, source = folder(kind)
+    if kind == "gpt2":
+        base_only(model, source)
+    record = prune_folder(source, tmp_path / "out", Magnitude(sites=sites))
+    assert "the model was loaded whole" in record["notes"][0]
+    assert reason in record["notes"][0]
+    prune(model, Magnitude(sites=sites))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(again.get_parameter(name), parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT(), SparseGPT(order="block")])
+def test_the_record_of_a_killed_job_is_that_of_a_whole_one(folder, tmp_path, pruner):
+    _, source = folder("llama")
+    batches = tokens(1, 8)  # fewer tokens than inputs: singular Hessians, which are noted
+
+    def kill(done, total, what):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", pruner, calibration=batches, on_progress=kill)
+    again = prune_folder(source, tmp_path / "out", pruner, calibration=batches, resume=True)
+    whole = prune_folder(source, tmp_path / "whole", pruner, calibration=batches)
+    assert whole["notes"]
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert list(again["layers"]) == list(whole["layers"])
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_the_record_says_what_calibration_was(folder, tmp_path):
+    _, source = folder("llama")
+    about = {"text": "mine.txt", "seed": 3}
+    for pruner, wanted in ((Wanda(), about), (Magnitude(), None)):
+        out = tmp_path / type(pruner).__name__
+        record = prune_folder(source, out, pruner, calibration=tokens(), about=about)
+        assert json.loads((out / "paucity.json").read_text())["calibration"] == record["calibration"] == wanted

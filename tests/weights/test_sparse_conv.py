@@ -9,7 +9,7 @@ from paucity.checks import InputError
 from paucity.measure.flops import flops
 from paucity.models.vision import ConvNet, ViT
 from paucity.ops.formats import PackedCSR
-from paucity.weights.sparse_conv import SparseConv1x1, fold_batchnorm, sparsify_convs
+from paucity.weights.sparse_conv import DepthwiseConv, SparseConv1x1, fold_batchnorm, sparsify_convs
 
 
 def pruned(sparsity=0.9, **options):
@@ -99,6 +99,42 @@ def test_sparse_net_computes_what_the_zero_filled_net_does(batch, size):
     assert sum(isinstance(module, SparseConv1x1) for module in sparse.modules()) == 6
 
 
+@pytest.mark.parametrize("kind", [DepthwiseConv, SparseConv1x1])
+def test_autocast_runs_a_sparse_net_and_gives_its_dtype(kind):
+    sparse, _ = sparsify_convs(fold_batchnorm(pruned()))
+    x = torch.randn(2, 1, 28, 28)
+    layers = [module for module in sparse.modules() if isinstance(module, kind)]
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    with torch.no_grad():
+        expected = sparse(x)
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = sparse(x)
+    assert seen == [torch.bfloat16] * len(layers)
+    torch.testing.assert_close(out.float(), expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.95])
+def test_a_dtype_without_a_kernel_stays_dense(dtype, sparsity):
+    model = pruned(sparsity).to(dtype)
+    sparse, choices = sparsify_convs(model)
+    assert [choice.reason for choice in choices] == [f"no kernel skips zeros in {dtype}"] * 6
+    assert not any(isinstance(module, SparseConv1x1 | DepthwiseConv) for module in sparse.modules())
+
+
+def test_a_single_convolution_is_replaced():
+    conv, x = nn.Conv2d(64, 64, 1), torch.randn(1, 64, 4, 4)
+    with torch.no_grad():
+        conv.weight[torch.rand_like(conv.weight) < 0.95] = 0
+        sparse, choices = sparsify_convs(conv)
+        torch.testing.assert_close(sparse(x), conv(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(sparse, SparseConv1x1)
+    assert choices[0].sparse
+
+
 def test_flops_count_stored_weights():
     model = pruned()
     sparse, choices = sparsify_convs(model)
@@ -137,6 +173,11 @@ def test_bad_input():
         SparseConv1x1(torch.ones(2, 2, 1, 1))
     with pytest.raises(InputError, match="channels"):
         SparseConv1x1(PackedCSR.pack(torch.ones(2, 3)))(torch.ones(1, 4, 2, 2))
+    with pytest.raises(InputError, match="weight must be on meta, got cpu"):
+        SparseConv1x1(PackedCSR.pack(torch.ones(2, 3)))(torch.ones(1, 3, 2, 2, device="meta"))
+
+    with pytest.raises(InputError, match=r"example must be what the model's forward takes, got shape \[1, 3, 28, 28\]"):
+        sparsify_convs(pruned(), torch.randn(1, 3, 28, 28))
 
     class Branches(nn.Module):
         def forward(self, x):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from paucity.checks import InputError
+from paucity.weights import prune
 from paucity.weights.pruner import Layer
 from paucity.weights.sparsegpt import SparseGPT, sparsegpt_sweep
 from paucity.weights.statistics import InputGram, inverse_factor
@@ -117,3 +119,19 @@ def test_singular_and_dead_inputs_are_damped_and_said():
         inverse_factor(torch.tensor([[-1.0, 0.0], [0.0, -1.0]]), 0.01)
     with pytest.raises(InputError, match=r"gram must have shape \[32, 32\], got \[31, 31\]"):
         sparsegpt_sweep(weight, torch.eye(31), sparsity=0.5)
+
+
+def test_zeros_of_a_sparse_model_make_room_for_no_live_weight():
+    """Half of it zero, then 2:4: where a group has two live weights they stay, and only live ones do."""
+    layer = nn.Linear(32, 24, bias=False)
+    layer.weight.data.mul_(torch.rand(24, 32) < 0.5)
+    live, model, inputs = layer.weight != 0, nn.Sequential(layer), torch.randn(200, 32)
+    expected = live.unflatten(1, (-1, 4)).sum(-1).clamp(max=2)
+    mask = prune(model, "sparsegpt", n=2, m=4, calibration=[inputs])["0.weight"]
+    assert torch.equal(mask.unflatten(1, (-1, 4)).sum(-1), expected)
+    assert not (mask & ~live).any()
+    dense = nn.Linear(32, 24, bias=False)
+    dense.weight.data.mul_(torch.rand(24, 32) < 0.3)
+    zeros = (dense.weight == 0).sum()
+    prune(nn.Sequential(dense), "sparsegpt", sparsity=0.5, calibration=[inputs])
+    assert (dense.weight == 0).sum() == zeros  # sparser than asked for already

@@ -79,6 +79,19 @@ def test_a_prompt_trains_its_frame_alone():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_prompted_forward_leaves_the_model_as_it_was():
+    model, images = source().train(), target()
+    before = frozen_state(model)
+    prompt = VisualPrompt(model, SHAPE, 3, border=2).train()
+    trained = prompt(images.pixels)
+    assert trained.requires_grad
+    assert model.training
+    assert unchanged(model, before)
+    assert torch.equal(trained, prompt.eval()(images.pixels))
+    with torch.no_grad():
+        assert not prompt(images.pixels).requires_grad
+
+
 def test_modes_of_the_model_come_back_after_a_prompt():
     model = source().train()
     model.head.eval()

@@ -1,8 +1,9 @@
 """Prunes a model with llm-compressor in its own Python, and says what that took.
 
 Started as ``python -c SOURCE JOB``, a JSON file of ``model`` (a folder), ``method`` (``wanda`` or ``sparsegpt``),
-``sparsity``, ``pattern`` (such as ``2:4``, or ``0:0``), ``tokens`` (a file of lists of ids), ``threads``, and ``out``,
-a safetensors file for the weights that were pruned. The last line of stdout is JSON: ``seconds`` of pruning alone,
+``sparsity``, ``pattern`` (such as ``2:4``, or ``0:0``), ``tokens`` (a file of lists of ids), ``threads``,
+``propagate_error`` (whether a block is calibrated behind the pruned ones, in a second pass), and ``out``, a safetensors
+file for the weights that were pruned. The last line of stdout is JSON: ``seconds`` of pruning alone,
 ``loaded_mb`` and ``peak_mb`` of the process, and ``version``.
 """
 
@@ -46,7 +47,8 @@ def main() -> None:
         sparsity=job["sparsity"], mask_structure=job["pattern"], targets=["Linear"], ignore=["re:.*lm_head"]
     )
     started = time.perf_counter()
-    oneshot(model=model, dataset=loader, recipe=recipe, num_calibration_samples=len(rows), pipeline="sequential")
+    options = {"pipeline": "sequential", "propagate_error": job["propagate_error"]}
+    oneshot(model=model, dataset=loader, recipe=recipe, num_calibration_samples=len(rows), **options)
     seconds = time.perf_counter() - started
     peak = peak_mb()
     weights = {

@@ -1,7 +1,8 @@
 """Pruning a model of 125 million weights from folder to folder, against llm-compressor in a process of its own.
 
 Each job runs in a fresh process, ours and theirs in turns. Our seconds hold reading the model and writing it; theirs
-are of the pruning alone. Memory is the peak of the process.
+are of the pruning alone. Memory is the peak of the process. Ours calibrates in the dense model, in one pass; theirs, as
+it comes, behind pruned blocks, in two. One more row has both in the dense model.
 
 Llm-compressor wants libraries of its own, so it may live in another environment: `PAUCITY_LLMCOMPRESSOR_PYTHON` names
 that environment's Python; without it, this one's is asked. Where it is nowhere, the baseline is what calibrating all
@@ -52,7 +53,8 @@ def run() -> list[BenchRow]:
                 model.model(batch, use_cache=False)
             forward = time.perf_counter() - started
         del model
-        return [_row(folder, method, pattern, forward) for pattern in ("2:4", "0:0") for method in METHODS]
+        rows = [_row(folder, method, pattern, forward) for pattern in ("2:4", "0:0") for method in METHODS]
+        return [*rows, _row(folder, "wanda", "2:4", forward, propagate_error=False)]
 
 
 def ours(job: str) -> None:
@@ -69,25 +71,27 @@ def ours(job: str) -> None:
     print("\n" + json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
 
 
-def _row(folder: Path, method: str, pattern: str, forward: float) -> BenchRow:
+def _row(folder: Path, method: str, pattern: str, forward: float, *, propagate_error: bool = True) -> BenchRow:
     job = {"model": str(folder / "model"), "tokens": str(folder / "tokens.json"), "method": method, "sparsity": 0.5}
-    job |= {"pattern": pattern, "threads": torch.get_num_threads()}
+    job |= {"pattern": pattern, "threads": torch.get_num_threads(), "propagate_error": propagate_error}
     label = "2:4" if pattern == "2:4" else "50 %"
     mine = _ask(
         sys.executable,
         "from paucity.bench.prune import ours; import sys; ours(sys.argv[1])",
         folder,
-        job | {"out": str(folder / f"ours-{method}-{label[:2]}")},
+        job | {"out": str(folder / f"ours-{method}-{label[:2]}-{propagate_error}")},
     )
     size = f"Llama 125 M, {NUM_SAMPLES} x {LENGTH} tokens, {label}"
-    name = f"prune.{method}" if pattern == "2:4" else f"prune.{method}50"
+    name = f"prune.{method}" + ("" if pattern == "2:4" else "50") + ("" if propagate_error else "_alike")
     what = f"folder to folder, peak {mine['peak_mb']:.0f} MB"
     python = os.environ.get(VARIABLE) or (sys.executable if importlib.util.find_spec("llmcompressor") else None)
     if python is None:
-        return BenchRow(name, size, what, "two dense passes", mine["seconds"], 2 * forward, 2.0)
+        return BenchRow(
+            name, size, what, "dense passes", mine["seconds"], (1 + propagate_error) * forward, 1.0 + propagate_error
+        )
     script = Path(__file__).with_name("llmcompressor_peer.py").read_text(encoding="utf-8")
     theirs = _ask(python, script, folder, job | {"out": str(folder / "theirs.safetensors")})
-    agree = _agreement(folder / f"ours-{method}-{label[:2]}", folder / "theirs.safetensors")
+    agree = _agreement(folder / f"ours-{method}-{label[:2]}-{propagate_error}", folder / "theirs.safetensors")
     peer = f"llm-compressor {theirs['version']}, peak {theirs['peak_mb']:.0f} MB"
     return BenchRow(
         name,

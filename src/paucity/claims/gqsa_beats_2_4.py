@@ -54,7 +54,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     loaded = loaded or load("embedded")
     tokenizer = loaded.need_tokenizer(NAME)
     seeds = [seed] if quick else [seed, seed + 1]
-    samples, epochs, steps, max_tokens = (6, 1, 6, 4096) if quick else (72, 1, 60, 8192)
+    samples, epochs, steps, max_tokens = (4, 1, 4, 2048) if quick else (60, 1, 50, 8192)
     documents = random.Random(seed).sample(python_documents(include_tests=False), NUM_DOCUMENTS)
     text, held_out = "\n".join(documents), held_out_python()
     bits: dict[str, list[float]] = {}

@@ -23,14 +23,14 @@ class Pruned:
         name: of the claim, for errors.
         quick: less calibration and a shorter text.
         seed: of the first draw of calibration text; the others follow.
-        draws: how many draws there are, in full; two when quick.
+        draws: how many draws there are, in full; one when quick.
         loaded: the model, the embedded one if not given.
     """
 
     def __init__(self, name: str, *, quick: bool, seed: int, draws: int, loaded: Loaded | None = None) -> None:
         self.loaded = loaded or load("embedded")
         self.tokenizer = self.loaded.need_tokenizer(name)
-        self.seeds = list(range(seed, seed + (min(2, draws) if quick else draws)))
+        self.seeds = list(range(seed, seed + (1 if quick else draws)))
         self.samples, self.max_tokens = (16, 8192) if quick else (64, 16384)
         documents = random.Random(seed).sample(python_documents(include_tests=False), NUM_DOCUMENTS)
         self.text, self.held_out = "\n".join(documents), held_out_python()

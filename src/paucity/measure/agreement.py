@@ -122,9 +122,10 @@ def _compare(baseline: nn.Module, changed: nn.Module, piece: Sequence[int], coun
 def _sums(one: Tensor, other: Tensor, wanted: Tensor) -> Tensor:
     """Of rows of logits ``[T, vocab]``: same, divergence, both losses, lost and gained."""
     p, q = one.log_softmax(-1), other.log_softmax(-1)
-    first, second = p.argmax(-1), q.argmax(-1)
-    divergence = (p.exp() * (p - q)).nan_to_num(posinf=math.inf).sum()
+    # One logit that is no number makes its row NaN: no token is the likeliest then. 0 * inf is no divergence.
+    first, second = (side.argmax(-1).masked_fill(side[:, 0].isnan(), -1) for side in (p, q))
+    divergence = (p.exp() * (p - q)).masked_fill(p.exp() == 0, 0).sum()
     losses = (-side.gather(-1, wanted[:, None]).sum() for side in (p, q))
     lost, gained = (first == wanted) & (second != wanted), (first != wanted) & (second == wanted)
-    parts = ((first == second).sum(), divergence, *losses, lost.sum(), gained.sum())
+    parts = (((first == second) & (first >= 0)).sum(), divergence, *losses, lost.sum(), gained.sum())
     return torch.stack([part.double().cpu() for part in parts])

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .sites import Site
+from .hooks import model_inputs
+from .sites import BLOCK, Site
 
 
 def block_path(site: Site) -> str:
     """Module path of the block that holds ``site``; outside the blocks the path of the site's own module."""
-    parts = site.module.split(".")
-    return site.module if site.layer is None else ".".join(parts[: parts.index(str(site.layer)) + 1])
+    found = BLOCK.search(site.module)
+    return site.module if site.layer is None or found is None else site.module[: found.end(1)]
 
 
 def sites_by_block(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
@@ -285,6 +286,6 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 def _forward(model: nn.Module, batch: Tensor) -> None:
     if isinstance(model, PreTrainedModel):
-        model(batch, use_cache=False)
+        model(**model_inputs(model, batch))
     else:
         model(batch)

@@ -4,6 +4,7 @@ The experts of a mixture live in one module, which gets all tokens with their ro
 out again from that: the tokens routed to it, and for its down projection the intermediate of those tokens.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..checks import InputError, check_int, fail
-from .sites import Site, weight_view
+from .sites import Site, experts_are_transposed, weight_view
 
 OnInput = Callable[[Site, Tensor, int | None], None]
 
@@ -52,7 +53,7 @@ def input_norms(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tenso
     Args:
         model: run as it is, without gradients; set it to eval mode before.
         sites: none of them an embedding.
-        batches: ``input_ids`` ``[1, T]`` int64 for a language model, else whatever the model's forward takes.
+        batches: ``input_ids`` ``[1, T]`` int64 for a language model, else the main input of the model's forward.
 
     Returns:
         ``{site.name: [in]}``, ``[num_experts, in]`` for experts, float32 on the weight's device. Squares are summed in
@@ -140,10 +141,37 @@ def run_model(model: nn.Module, sites: Sequence[Site], batch: Tensor) -> None:
         model(batch)
         return
     base = model.base_model
-    if base is model or all(site.module.startswith(f"{model.base_model_prefix}.") for site in sites):
-        base(input_ids=batch, use_cache=False)  # no logits: they are the largest tensor and nobody asks for them
-    else:
-        model(input_ids=batch, use_cache=False)
+    if all(site.module.startswith(f"{model.base_model_prefix}.") for site in sites):
+        model = base  # no logits: they are the largest tensor and nobody asks for them
+    model(**model_inputs(model, batch))
+
+
+def model_inputs(model: PreTrainedModel, batch: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+    """What a forward of a transformers model over ``batch`` is called with; no cache is used.
+
+    The decoder of a model with an encoder reads the ``labels`` shifted by one, or, as in BART, a text itself.
+
+    Args:
+        model: with or without a head.
+        batch: its main input: token ids, pixels, features of sound.
+        labels: for the loss of the model's head.
+
+    Raises:
+        InputError: if the model takes token ids and gets something else.
+    """
+    if model.main_input_name == "input_ids" and batch.is_floating_point():
+        raise fail("prune", "calibration", f"hold token ids for {type(model).__name__}", batch.dtype)
+    inputs: dict[str, Any] = {model.main_input_name: batch}
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    if labels is not None:
+        inputs["labels"] = labels
+    elif "decoder_input_ids" in known:
+        start = getattr(model.config, "decoder_start_token_id", None)
+        first = torch.full((len(batch), 1), 0 if start is None else start, device=batch.device)
+        inputs["decoder_input_ids"] = first if batch.is_floating_point() else torch.cat([first, batch[:, :-1]], 1)
+    return inputs
 
 
 def _on_forward(
@@ -157,7 +185,8 @@ def _on_forward(
 ) -> None:
     values = [*args, *kwargs.values()]
     if site.kind in ("expert_gate_up", "expert_down"):
-        for expert, inputs in _expert_inputs(model, site, module, values[0], values[1]):
+        routing = values[1] if len(values) > 1 else None
+        for expert, inputs in _expert_inputs(model, site, module, values[0], routing):
             on_input(site, inputs, expert)
         return
     inputs = values[0].detach()
@@ -194,19 +223,25 @@ def conv_patches(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _expert_inputs(
-    model: nn.Module, site: Site, module: nn.Module, states: Tensor, routing: Tensor
+    model: nn.Module, site: Site, module: nn.Module, states: Tensor, routing: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """``states`` ``[n, hidden]`` and ``routing`` ``[n, top_k]`` (indices of experts) -> the inputs of each expert."""
-    states = states.detach().reshape(-1, states.shape[-1])
-    routing = routing.reshape(states.shape[0], -1)
-    for expert in range(weight_view(model, site).shape[0]):
-        inputs = states[(routing == expert).any(-1)]
+    """``states`` ``[n, hidden]`` and ``routing`` ``[n, top_k]`` (indices of experts) -> the inputs of each expert.
+
+    Without routing (Llama 4) ``states`` are ``[num_experts * n, hidden]``, those of tokens routed elsewhere zero.
+    """
+    states, count = states.detach().reshape(-1, states.shape[-1]), weight_view(model, site).shape[0]
+    for expert in range(count):
+        if routing is None:
+            inputs = states.view(count, -1, states.shape[-1])[expert]
+            inputs = inputs[inputs.any(-1)]
+        else:
+            inputs = states[(routing.reshape(len(states), -1) == expert).any(-1)]
         yield expert, inputs if site.kind == "expert_gate_up" else _intermediate(module, inputs, expert)
 
 
 @torch.no_grad()
 def _intermediate(module: Any, inputs: Tensor, expert: int) -> Tensor:
-    weight = module.gate_up_proj[expert].mT if getattr(module, "is_transposed", False) else module.gate_up_proj[expert]
+    weight = module.gate_up_proj[expert].mT if experts_are_transposed(module) else module.gate_up_proj[expert]
     bias = module.gate_up_proj_bias[expert] if getattr(module, "has_bias", False) else None
     both = F.linear(inputs, weight, bias)
     if hasattr(module, "_apply_gate"):  # some architectures gate in a way of their own

@@ -89,7 +89,7 @@ def load(
             `paucity.models.packed_files.save_packed` comes back onto the kernels.
         tokenizer: instead of the one of the source. A folder without tokenizer files gets `byte_tokenizer`, and a
             note, if its vocabulary is large enough; else the tokenizer is None.
-        dtype: one of `DTYPES`; None keeps that of the source.
+        dtype: one of `DTYPES`; None keeps that of the source. Rotary frequencies stay as precise as they are.
         device: as for ``torch.device``; None is the CPU for what is loaded here, and leaves a module where it is.
 
     Raises:
@@ -112,7 +112,7 @@ def load(
         loaded = _from_folder(Path(source).expanduser(), tokenizer)
     else:
         loaded = _from_hub(source, tokenizer)
-    loaded.model.to(device=target, dtype=None if dtype is None else DTYPES[dtype]).eval()
+    _convert(loaded.model.eval(), target, None if dtype is None else DTYPES[dtype])
     return loaded
 
 
@@ -150,6 +150,15 @@ def _device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise fail("load", "device", "be a device of this machine", f"{device} ({_first_line(error)})") from error
     return target
+
+
+def _convert(model: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """``model.to``, except that rotary frequencies, which transformers computes at any dtype in float32, stay so."""
+    exact = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")}
+    model.to(device=device, dtype=dtype)
+    for name, buffer in exact.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffer.to(device))
 
 
 def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:

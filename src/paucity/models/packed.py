@@ -9,9 +9,10 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.linear import PackedLinear
 
 
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of ``model`` by path, each once."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed_linears(model: nn.Module, *, everywhere: bool = False) -> dict[str, PackedLinear]:
+    """The packed layers of ``model`` by path, each once, or ``everywhere`` it stands."""
+    modules = model.named_modules(remove_duplicate=not everywhere)
+    return {path: module for path, module in modules if isinstance(module, PackedLinear)}
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -65,7 +66,7 @@ def unpack(model: nn.Module) -> list[str]:
 
 def unpacked_state(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedLinear]]:
     """The ``state_dict`` of the dense model: the packed layer itself in the place of its weight, all else as it is."""
-    packed = packed_linears(model)
+    packed = packed_linears(model, everywhere=True)
     parts = {f"{path}.{name}" for path, module in packed.items() for name, _ in module.named_buffers()}
     weights = {f"{path}.weight": module for path, module in packed.items()}
     state = model.state_dict()

@@ -2,10 +2,10 @@
 
 A folder holds the files of a Hugging Face model but for its weights, ``packed.safetensors`` (or several,
 ``packed-00001-of-0000N.safetensors``) and ``paucity_packed.json``. A packed weight is the tensors of its format
-(`PackedNM.tensors` and the like) under the path of its layer; all else is under its name in the ``state_dict``, what is
-tied once. The index has the version, the class of the model, the format of each packed layer, the bytes of each file
-and which tensor is where: nothing of how the weights became sparse is needed. Contents are checked for consistency, as
-far as formats allow; there are no checksums.
+(`PackedNM.tensors` and the like) under the path of its layer; all else is under its name in the ``state_dict``. What is
+tied, and a layer that stands at several paths, is there once. The index has the version, the class of the model, the
+format of each packed layer, the bytes of each file, which tensor is where and which names share one: nothing of how the
+weights became sparse is needed. Contents are checked for consistency, as far as formats allow; there are no checksums.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ class _Index(BaseModel):
     layers: dict[str, _Layer] = Field(min_length=1)
     files: dict[str, int]
     tensors: dict[str, str]
+    shared: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def save_packed(loaded: Loaded, folder: str | Path, *, force: bool = False) -> S
         force: replace ``folder`` if it is there; what it held goes only when the new one is complete.
 
     Raises:
-        InputError: if no layer is packed, or ``folder`` is a file or is not empty.
+        InputError: if no layer is packed, or ``folder`` is a file, not empty or the working directory.
         OSError: if it cannot be written, such as to a full disk; nothing is left of it, and ``folder`` is as it was.
     """
     name, model = "save_packed", loaded.model
@@ -83,7 +84,7 @@ def save_packed(loaded: Loaded, folder: str | Path, *, force: bool = False) -> S
     packed = packed_linears(model)
     if not packed:
         raise fail(name, "loaded", "hold packed layers (paucity.weights.pack makes them)", "none")
-    entries = _entries(model, packed)
+    entries, shared = _entries(model)
     with whole_folder(target) as temporary:
         if isinstance(model, PreTrainedModel):
             save_configuration(loaded, temporary)
@@ -93,6 +94,7 @@ def save_packed(loaded: Loaded, folder: str | Path, *, force: bool = False) -> S
             layers={path: _Layer.model_validate({"format": module.format}) for path, module in packed.items()},
             files={file: (temporary / file).stat().st_size for file in sorted(set(files.values()))},
             tensors=files,
+            shared=shared,
         )
         (temporary / PACKED_INDEX).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
     parts = sum(tensor.nbytes for module in packed.values() for tensor in module.packed.tensors().values())
@@ -129,42 +131,54 @@ def read_packed(folder: Path, model: nn.Module | None = None) -> nn.Module:
     tensors = _read_tensors(folder, index)
     layers, packed_names = {}, set[str]()
     for path, layer in index.layers.items():
-        linear = _linear_at(model, path, folder)
+        _linear_at(model, path, folder)
         prefix = f"{path}."
         parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         parts.pop("bias", None)
         packed_names |= {prefix + part for part in parts}
         try:
-            packed = PackedLinear(FORMATS[layer.format].from_tensors(parts))
+            layers[path] = PackedLinear(FORMATS[layer.format].from_tensors(parts))
         except InputError as error:
             raise _damaged(folder, f"{path}: {error}") from error
-        wanted = tuple(linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape)
-        if (packed.out_features, packed.in_features) != wanted:
-            found = f"{[packed.out_features, packed.in_features]} for {path}"
-            raise fail("load_packed", "folder", f"hold weights of the architecture ({list(wanted)})", found)
-        layers[path] = packed_in_place_of(linear, packed)
     rest = {name: tensor for name, tensor in tensors.items() if name not in packed_names}
+    for name, first in index.shared.items():
+        if first in layers:
+            layers[name] = layers[first]
+        elif first in rest:
+            rest[name] = rest[first]
+        else:
+            raise _damaged(folder, f"{name} shared with {first}, which it lacks")
+    for path, packed in layers.items():
+        linear = _linear_at(model, path, folder)
+        wanted = list(linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape)
+        if [packed.out_features, packed.in_features] != wanted:
+            found = f"{[packed.out_features, packed.in_features]} for {path}"
+            raise fail("load_packed", "folder", f"hold weights of the architecture ({wanted})", found)
     _fill(model, rest, {f"{path}.weight" for path in layers}, folder)
-    replace_modules(model, layers)
+    replace_modules(model, {path: packed_in_place_of(_linear_at(model, path, folder), layers[path]) for path in layers})
     return model
 
 
-def _entries(model: nn.Module, packed: Mapping[str, PackedLinear]) -> dict[str, Tensor]:
-    """All tensors of the model by the names that they have on disk, what is tied once."""
+def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors by the names that they have on disk, each once; names and packed paths that stand for the same."""
+    packed = packed_linears(model, everywhere=True)
     skip = {f"{path}.{part}" for path, module in packed.items() for part, _ in module.named_buffers()}
-    entries = {
-        f"{path}.{part}": tensor for path, module in packed.items() for part, tensor in module.packed.tensors().items()
-    }
-    seen = set()
+    entries, shared, seen = dict[str, Tensor](), dict[str, str](), dict[int, str]()
+    for path, module in packed.items():
+        if (first := seen.setdefault(id(module), path)) != path:
+            shared[path] = first
+        else:
+            entries |= {f"{path}.{part}": tensor for part, tensor in module.packed.tensors().items()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in skip:
             continue
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"save_packed: the state of the model must be tensors, got {type(tensor)} as {name}.")
-        if id(tensor) not in seen:
+        if (first := seen.setdefault(id(tensor), name)) != name:
+            shared[name] = first
+        else:
             entries[name] = tensor.detach()
-        seen.add(id(tensor))
-    return entries
+    return entries, shared
 
 
 def _read_index(folder: Path) -> _Index:
@@ -240,14 +254,28 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], packed: set[str], fol
     given = {id(place) for name, place in places.items() if name in tensors}
     wrong = [f"{name}, which it lacks" for name, place in places.items() if id(place) not in given]
     wrong += [f"{name}, which has no place in it" for name in tensors if name not in places]
+    held: dict[tuple[int, str], tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name in places and tensor.shape != places[name].shape:
+        if name not in places:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        twin, same = held.setdefault((id(model.get_submodule(owner)), attribute), (name, tensor))
+        if same is not tensor:
+            wrong.append(f"{name} apart from {twin}, with which it is one module there")
+        if tensor.shape != places[name].shape:
             wrong.append(f"{name} of shape {list(tensor.shape)} instead of {list(places[name].shape)}")
     if wrong:
         constraint = f"hold the weights of the architecture ({type(model).__name__})"
         raise fail("load_packed", "folder", constraint, f"{folder} with {wrong[0]}")
+    filled: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        places[name].data = tensor
+        place = places[name]
+        if filled.setdefault(id(place), tensor) is tensor:
+            place.data = tensor
+        else:  # tied in the architecture, apart in the folder
+            owner, _, attribute = name.rpartition(".")
+            own = nn.Parameter(tensor, place.requires_grad) if isinstance(place, nn.Parameter) else tensor
+            setattr(model.get_submodule(owner), attribute, own)
 
 
 def _damaged(folder: Path, what: str) -> InputError:

@@ -46,7 +46,7 @@ def save(loaded: Loaded, folder: str | Path, *, extra: Mapping[str, object] | No
         ``folder`` as a path.
 
     Raises:
-        InputError: if ``folder`` is a file or is not empty, or ``extra`` cannot be written as JSON.
+        InputError: if ``folder`` is a file, not empty or the working directory, or ``extra`` cannot be written as JSON.
         OSError: if it cannot be written, such as to a full disk; nothing is left of it, and ``folder`` is as it was.
     """
     target = check_folder("save", folder, force=force)
@@ -72,8 +72,10 @@ def save(loaded: Loaded, folder: str | Path, *, extra: Mapping[str, object] | No
 
 
 def check_folder(function: str, folder: str | Path, *, force: bool) -> Path:
-    """``folder`` as a path; InputError if it is a file, or not empty without ``force``."""
+    """``folder`` as a path; InputError if it is a file, not empty without ``force``, or where the process works."""
     target = Path(folder)
+    if Path.cwd().is_relative_to(target.resolve()):  # it is replaced by another: whoever works in it would lose it
+        raise fail(function, "folder", "not be the working directory or one above it", target)
     if target.is_file():
         raise fail(function, "folder", "be absent or an empty folder", f"the file {target}")
     if not force and target.is_dir() and any(target.iterdir()):
@@ -85,9 +87,12 @@ def check_folder(function: str, folder: str | Path, *, force: bool) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place at the end; what fails leaves ``target`` as it was.
 
+    Of a link the folder that it leads to is replaced.
+
     Raises:
         OSError: also where safetensors could not write.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -174,11 +179,12 @@ def _complete(loaded: Loaded, folder: Path) -> None:
 def _replace(new: Path, target: Path) -> None:
     """Put ``new`` in the place of the folder ``target``, which goes when the new one is there."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / target.name
-    target.rename(aside)
     try:
+        target.rename(aside)
         new.rename(target)
     except BaseException:
-        aside.rename(target)
+        if aside.exists():
+            aside.rename(target)
         aside.parent.rmdir()
         raise
     shutil.rmtree(aside.parent, ignore_errors=True)

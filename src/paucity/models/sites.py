@@ -13,7 +13,7 @@ Layouts that differ from one ``[out, in]`` matrix per projection:
 - Experts of Mixtral, Qwen2-MoE and Qwen3-MoE are two fused parameters of one module: ``gate_up_proj``
   ``[num_experts, 2 * intermediate, hidden]``, where the first half of the rows is gate and the second is up, and
   ``down_proj`` ``[num_experts, hidden, intermediate]``. The output of one expert is
-  ``down @ (act(gate @ x) * (up @ x))``.
+  ``down @ (act(gate @ x) * (up @ x))``. GPT-OSS, Aria and Llama 4 store ``[num_experts, in, out]``.
 
 Not found: biases, the fused input projection of ``nn.MultiheadAttention``, transposed convolutions, quantised weights.
 """
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import InputError, check_choice, fail
+from .packed import packed_linears
 
 # Name of the owning module -> kind. `parent.name` goes before `name`; a numbered list element counts as `*`.
 _MODULES = {
@@ -103,7 +104,8 @@ CONVOLUTIONS = ("pointwise", "depthwise", "spatial")
 KINDS = tuple(dict.fromkeys([*_MODULES.values(), *_EXPERTS.values(), *(kind for _, kind in _CLASSES), "norm"]))
 """Every kind of site. ``router`` includes the gate of a shared expert; ``projection`` leads to or from an embedding."""
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?:\.|$)")
+BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?:\.|$)")
+"""Where the path of a module enters a block, and its number."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def find_sites(model: nn.Module, kinds: str | Collection[str] | None = None) -> 
         members = present.intersection(GROUPS.get(kind, (kind,)))
         if not members:
             has = ", ".join(sorted(present)) or "none"
+            if packed_linears(model):
+                has += "; packed layers are none, until paucity.weights.unpack makes them dense"
             raise fail("find_sites", "kinds", f"be in the model (it has {has})", kind)
         wanted |= members
     return [site for site in sites if names[site.name] & wanted]
@@ -166,8 +170,13 @@ def weight_view(model: nn.Module, site: Site) -> Tensor:
         owner, weight = model.get_submodule(site.module), model.get_parameter(site.name).detach()
     except AttributeError:
         raise InputError(f"weight_view: site must be in the model, got {site.name}.") from None
-    transposed = isinstance(owner, Conv1D) or (weight.ndim == 3 and getattr(owner, "is_transposed", False))
+    transposed = isinstance(owner, Conv1D) or (weight.ndim == 3 and experts_are_transposed(owner))
     return weight.mT if transposed else weight
+
+
+def experts_are_transposed(owner: nn.Module) -> bool:
+    """Whether the stacks of experts in ``owner`` are ``[num_experts, in, out]``."""
+    return bool(getattr(owner, "is_transposed", type(owner).__name__ == "Llama4TextExperts"))  # which does not say so
 
 
 def _convolution(model: nn.Module, site: Site) -> str | None:
@@ -189,7 +198,7 @@ def _all_sites(model: nn.Module) -> list[Site]:
                 continue
             first = found.get(id(parameter))
             if first is None:
-                block = _BLOCK.search(path)
+                block = BLOCK.search(path)
                 found[id(parameter)] = Site(name, path, kind, int(block[1]) if block else None)
             else:
                 # A head that comes before its embedding gives the place to it.

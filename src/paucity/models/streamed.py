@@ -58,6 +58,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return byte_tokenizer(config.get_text_config(decoder=True).vocab_size)
 
 
+class NotStreamable(InputError):
+    """A model whose files cannot be read block by block; the message says why."""
+
+
 class Streamed:
     """A model whose parameters have no memory until they are `fill`-ed, and none again after `drop`.
 
@@ -68,8 +72,9 @@ class Streamed:
         tied: names of parameters that are another one's, by that one's name.
 
     Raises:
-        InputError: if the folder has no safetensors, cannot be read, or its tensors are not the model's parameters one
-            to one (some mixtures of experts are stored in other pieces than they run in).
+        InputError: if the folder has no safetensors or cannot be read.
+        NotStreamable: if its tensors are not the model's parameters one to one (some mixtures of experts are stored in
+            other pieces than they run in).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,10 +97,7 @@ class Streamed:
         odd = {*names} - {*self.files, *self.tied} | {*files} - {self.stored[name] or "" for name in self.files}
         if odd:
             some = ", ".join(sorted(odd)[:3]) + (" ..." if len(odd) > 3 else "")
-            raise InputError(
-                "prune: source must store each parameter as one tensor to be read block by block, got "
-                f"{len(odd)} that differ: {some}."
-            )
+            raise NotStreamable(f"{len(odd)} tensors in its files are not parameters one to one ({some})")
 
     def fill(self, names: Iterable[str], folder: Path | None = None, file: str | None = None) -> None:
         """Read parameters from the model's own files, or from ``file`` in another folder."""

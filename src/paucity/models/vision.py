@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_divides, check_int, fail
+from .resize import fit_to
 
 
 class SeparableBlock(nn.Module):
@@ -223,7 +224,7 @@ def description(model: nn.Module) -> dict[str, Any]:
 
 
 def load_classifier(folder: str | Path) -> ConvNet | ViT:
-    """A classifier that was saved with its `description`, in eval mode.
+    """A classifier that was saved with its `description`, in eval mode; one with channels removed in its own sizes.
 
     Raises:
         InputError: if the folder holds no such model, or its weights do not fit.
@@ -232,7 +233,7 @@ def load_classifier(folder: str | Path) -> ConvNet | ViT:
     try:
         extra = json.loads((folder / "paucity.json").read_text(encoding="utf-8"))["extra"]
         model = BUILDERS[extra["builder"]](**extra["config"])
-        load_model(model, folder / "model.safetensors")
+        fit_to(model, load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
         choices = " or ".join(BUILDERS)
         raise fail("load_classifier", "folder", f"hold a {choices} that paucity saved", folder) from None

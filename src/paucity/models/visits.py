@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checks import InputError
 from .hooks import run_model
@@ -25,9 +26,9 @@ def visits(
 ) -> Generator[tuple[str, Iterator[None]], None, None]:
     """Run ``model`` on all ``batches`` and yield each block's path when all that reach it wait in front of it.
 
-    With the path comes an iterator that lets the batches through, one at each step; the caller exhausts it. A block
-    that runs more than once is visited the first time, when it lets a batch through as often as it comes. Behind the
-    last block the forwards are dropped. Close the generator, whatever happens: its hooks go then.
+    With the path comes an iterator that lets the batches through, one at each step; the caller exhausts it. The blocks
+    have to be `in_turn`. Behind the last block the forwards end. Close the generator, whatever happens: its hooks go
+    then.
 
     Args:
         model: run as it is, without gradients.
@@ -39,25 +40,15 @@ def visits(
     """
     rank = {path: number for number, path in enumerate(blocks)}
     sites = [site for group in blocks.values() for site in group]
-    device, left, seen = next(model.parameters()).device, set[str](), dict[greenlet, set[Site]]()
+    device, left = next(model.parameters()).device, set[str]()
 
     def wait(path: str, *_: Any) -> None:
         me = getcurrent()
         if path not in left and me.parent is not None:
             me.parent.switch(path)
 
-    last = list(blocks.values())[-1]
-
-    def finish(site: Site, *_: Any) -> None:  # what comes behind the last site is not needed
-        me = getcurrent()
-        seen.setdefault(me, set()).add(site)
-        if me.parent is not None and len(seen[me]) == len(last):
-            raise GreenletExit
-
     with ExitStack() as stack:
-        for site in last:
-            hook = partial(finish, site)
-            stack.callback(model.get_submodule(site.module).register_forward_pre_hook(hook).remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code cannot wait
         for path in blocks:  # in front of other hooks, which shall not see a batch before it is let through
             hook = partial(wait, path)
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True).remove)
@@ -74,6 +65,39 @@ def visits(
     unused = [site.name for path, group in blocks.items() if path not in left for site in group]
     if unused:
         raise InputError(f"prune: sites must be run by the model's forward, got {', '.join(unused)}, which are not.")
+
+
+@torch.no_grad()
+def in_turn(model: nn.Module, paths: Sequence[str], batch: Tensor) -> bool:
+    """Whether a forward over the beginning of ``batch`` can be halted in front of each block, and comes back to none.
+
+    It cannot where blocks run within a context of the thread (autocast, inference mode), which would hold for whoever
+    else runs meanwhile.
+    """
+    entered, outside, same = list[str](), _context(), True
+
+    def note(path: str, *_: Any) -> None:
+        nonlocal same
+        same &= _context() == outside
+        if entered[-1:] != [path]:
+            entered.append(path)
+
+    part = batch[:1, :8] if isinstance(model, PreTrainedModel) and not batch.is_floating_point() else batch[:1]
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for path in paths:
+            hook = model.get_submodule(path).register_forward_pre_hook(partial(note, path))
+            stack.callback(hook.remove)
+        run_model(model, (), part.to(next(model.parameters()).device))
+    return same and len(entered) == len(set(entered))
+
+
+def _context() -> tuple[Any, ...]:
+    """What PyTorch keeps for a thread."""
+    kinds = ("cpu", "cuda")
+    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    stacks = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    return *casts, torch.is_inference_mode_enabled(), *stacks
 
 
 def _let_through(path: str, waiting: dict[greenlet, str | None]) -> Iterator[None]:

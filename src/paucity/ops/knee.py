@@ -10,6 +10,7 @@ from ..checks import check_range, fail
 
 _CANDIDATES = 401
 _MIN_POINTS = 5
+_POWERS = np.linspace(1, 8, 71)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Knee:
         slope_after: of the second, the lower of the two.
         residual: root mean square distance of the points from the broken line.
         straight_residual: the same from one straight line.
+        smooth_residual: the same from the best curve ``a + b (x - x_0)^p`` with p from 1 to 8, which has no knee.
         num_points: points that were fitted.
     """
 
@@ -32,15 +34,22 @@ class Knee:
     slope_after: float
     residual: float
     straight_residual: float
+    smooth_residual: float
     num_points: int
 
     @property
     def ratio(self) -> float:
         """How many times faster the curve falls after the knee; inf where it does not fall before it.
 
-        Points of a parabola that starts level give about 3, so that only well above that a curve turns at one place.
+        Smooth curves have one, too: a parabola that starts level 3 to 5, a cubic 7 to 8. Whether a curve turns at one
+        place, `is_sharp` tells.
         """
         return self.slope_after / self.slope_before if self.slope_before < 0 else math.inf
+
+    @property
+    def is_sharp(self) -> bool:
+        """Whether the broken line fits better than a smooth curve does."""
+        return self.residual < self.smooth_residual
 
 
 def knee(x: Sequence[float], y: Sequence[float], *, until: float | None = None) -> Knee | None:
@@ -76,6 +85,8 @@ def knee(x: Sequence[float], y: Sequence[float], *, until: float | None = None) 
         return None
     straight = np.stack([np.ones_like(xs), xs], axis=1)
     error = _rms(straight, ys)[1]
+    along = xs - xs[0]
+    smooth = min(_rms(np.column_stack([np.ones_like(xs), along**power]), ys)[1] for power in _POWERS)
     best: Knee | None = None
     candidates = np.unique(np.concatenate([xs[1:-1], np.linspace(xs[1], xs[-2], _CANDIDATES)]))
     for turn in candidates.tolist():
@@ -83,7 +94,7 @@ def knee(x: Sequence[float], y: Sequence[float], *, until: float | None = None) 
         before, after = float(fit[1]), float(fit[1] + fit[2])
         if after < min(before, 0.0) and residual < (error if best is None else best.residual) - 1e-9:
             height = float(fit[0] + fit[1] * turn)
-            best = Knee(turn, height, before, after, residual, error, len(xs))
+            best = Knee(turn, height, before, after, residual, error, smooth, len(xs))
     return best
 
 

@@ -68,7 +68,8 @@ def measure_break_even(
         on_progress: told what is being timed.
 
     Raises:
-        InputError: if an argument is out of range, or the model has no linear layer; before anything is timed.
+        InputError: if an argument is out of range, the model has no linear layer that is not packed, or no format and
+            density fit a shape; before anything is timed.
     """
     name, model = "measure_break_even", target.model if isinstance(target, Loaded) else target
     for density in densities:
@@ -79,8 +80,14 @@ def measure_break_even(
         check_choice(name, "formats", kind, FORMATS)
     check_int(name, "repeats", repeats)
     shapes = _shapes(model) if isinstance(model, nn.Module) else list(dict.fromkeys(model))
+    if isinstance(model, nn.Module) and not shapes:
+        raise fail(name, "target", "have linear layers that are not packed", type(model).__name__)
     if not (shapes and densities and batches and formats):
         raise fail(name, "target, densities, batches and formats", "hold at least one each", "none")
+    unfit = [kind for kind in formats if not any(_fits(*shape, kind, each) for shape in shapes for each in densities)]
+    if len(unfit) == len(formats):
+        wanted = "fit a shape (nm takes densities of n:4, n:8 or n:16, blocks sizes that 16 divides)"
+        raise fail(name, "formats and densities", wanted, f"{', '.join(formats)} at {list(densities)} for {shapes}")
     if dtypes is None:
         own = _dtype(model) if isinstance(model, nn.Module) else torch.bfloat16
         dtypes = [next((key for key, value in DTYPES.items() if value == own), "bfloat16")]
@@ -98,7 +105,7 @@ def measure_break_even(
         rows=tuple(rows),
         crossovers=tuple(crossings),
         decoding=tuple(decoding),
-        advice=tuple(advice_of(crossings)),
+        advice=(*advice_of(crossings), *(f"{kind} was not measured: it fits no shape and density." for kind in unfit)),
     )
 
 
@@ -120,20 +127,30 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
+def _pattern(cols: int, density: float) -> tuple[int, int] | None:
+    """The n:m that is ``density``; None where there is none."""
+    patterns = ((round(density * m), m) for m in (4, 8, 16) if cols % m == 0)
+    return next(((n, m) for n, m in patterns if math.isclose(n / m, density)), None)
+
+
+def _fits(rows: int, cols: int, kind: str, density: float) -> bool:
+    """Whether a format has such a density, and such a shape."""
+    if kind == "nm":
+        return _pattern(cols, density) is not None
+    return kind == "bitmask" or not (rows % BLOCK[0] or cols % BLOCK[1])
+
+
 def _sparse(weight: Tensor, kind: str, density: float) -> Packed | None:
-    """``weight`` pruned by magnitude to ``density`` and packed; None where the format has no such density."""
+    """``weight`` pruned by magnitude to ``density`` and packed; None where it does not fit the format."""
+    if not _fits(weight.shape[0], weight.shape[1], kind, density):
+        return None
     if kind == "bitmask":
         return PackedBitmask.pack(torch.where(topk_mask(weight.abs(), sparsity=1 - density), weight, 0))
     if kind == "blocks":
-        if weight.shape[0] % BLOCK[0] or weight.shape[1] % BLOCK[1]:
-            return None
         mask = block_topk_mask(weight.abs(), block=BLOCK, sparsity=1 - density)
         return PackedBlocks.pack(torch.where(mask, weight, 0), BLOCK)
-    for m in (4, 8, 16):
-        n = round(density * m)
-        if math.isclose(n / m, density) and weight.shape[1] % m == 0:
-            return PackedNM.pack(torch.where(nm_mask(weight.abs(), n=n, m=m), weight, 0), n, m)
-    return None
+    n, m = _pattern(weight.shape[1], density) or (0, 0)
+    return PackedNM.pack(torch.where(nm_mask(weight.abs(), n=n, m=m), weight, 0), n, m)
 
 
 def _measure(

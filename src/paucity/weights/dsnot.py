@@ -45,7 +45,7 @@ class DSnoT(Pruner):
         assert layer.inputs is not None  # gathered, as asked for
         if self.initial == "magnitude":
             return magnitude_score(layer.weight)
-        return wanda_score(layer.weight, layer.inputs.norm)
+        return wanda_score(layer.weight, layer.inputs.norm.to(layer.weight.device))
 
     def solve(self, layer: Layer, sparsity: float) -> Tensor:
         """See `dsnot_mask`."""
@@ -55,9 +55,7 @@ class DSnoT(Pruner):
         return dsnot_mask(
             layer.weight,
             mask,
-            inputs.mean,
-            inputs.variance,
-            inputs.norm,
+            *(each.to(mask.device) for each in (inputs.mean, inputs.variance, inputs.norm)),
             max_cycles=self.max_cycles,
             threshold=self.threshold,
             m=self.m,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_range, check_sparsity, fail
 from ..measure.quality import bits_per_byte
-from ..measure.tokens import Progress
+from ..measure.tokens import Progress, context_length
 from ..models.load import Loaded
 from ..models.sites import Site, find_sites
 from ..ops.formats import Masks
@@ -169,7 +169,7 @@ def essential_sparsity(
 
 
 def text_measure(
-    loaded: Loaded, text: str, *, max_tokens: int = 8192, length: int = 1024, stride: int | None = None
+    loaded: Loaded, text: str, *, max_tokens: int = 8192, length: int | None = None, stride: int | None = None
 ) -> tuple[Measure, float]:
     """Bits per byte of ``text`` as a measure, and what guessing all tokens with equal chance costs.
 
@@ -177,7 +177,7 @@ def text_measure(
         loaded: the model that gives the tokenizer, dense or not.
         text: to measure on.
         max_tokens: of the text, from its start.
-        length: of a window.
+        length: of a window; None is 1024, or the model's context where that is less.
         stride: between two windows; None is half a length.
 
     Returns:
@@ -187,6 +187,7 @@ def text_measure(
         InputError: as `paucity.measure.quality.bits_per_byte`.
     """
     tokenizer = loaded.need_tokenizer("text_measure")
+    length = min(1024, context_length(loaded.model) or 1024) if length is None else length
     stride = max(1, length // 2) if stride is None else stride
 
     def measure(model: nn.Module) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from ..checks import fail
 from ..models.blocks import BlockCall
 from ..ops.formats.groups import PackedGroups, group_range
 
@@ -71,7 +72,8 @@ class GroupWeight(nn.Module):
         return PackedGroups.from_codes(self.codes, self._scales().to(self.dtype), self.zeros.to(torch.uint8), self.kept)
 
     def _scales(self) -> Tensor:
-        positive = self.scales.clamp_min(torch.finfo(self.dtype).tiny)
+        # float16 has too few exponents to do without subnormal scales, which PackedGroups.pack gives as well
+        positive = self.scales.clamp_min(2.0**-24 if self.dtype == torch.float16 else torch.finfo(self.dtype).tiny)
         return positive + (positive.to(self.dtype).to(positive.dtype) - positive).detach()
 
     def _zeros(self) -> Tensor:
@@ -84,6 +86,7 @@ class GroupWeight(nn.Module):
 
 
 def tune_block(
+    path: str,
     block: nn.Module,
     tensors: Tensors,
     weights: Sequence[GroupWeight],
@@ -103,6 +106,7 @@ def tune_block(
     ends higher than it began is undone.
 
     Args:
+        path: of the block, for errors.
         block: not changed.
         tensors: the weights in training by parameter name within ``block``, in the parameters' own layout.
         weights: those weights.
@@ -117,6 +121,9 @@ def tune_block(
 
     Returns:
         Squared error over squared targets, before and after.
+
+    Raises:
+        InputError: if the error before is not finite.
     """
     base = {
         name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
@@ -136,14 +143,13 @@ def tune_block(
         return sum(float(miss(index, current)) * targets[index].numel() for index in range(len(calls))) / energy
 
     energy = max(sum(float(target.float().square().sum()) for target in targets), torch.finfo(torch.float32).tiny)
-    if not epochs:
-        return (now := error()), now
     groups = [
         {"params": [weight.values for weight in weights], "lr": weight_lr},
         {"params": [part for weight in weights for part in (weight.scales, weight.zeros)], "lr": scale_lr},
     ]
     order = _order(len(calls), batch_size, epochs * math.ceil(len(calls) / batch_size), generator)
-    return _improve(weights, groups, order, lambda index: miss(index, tensors()), error, on_step)
+    what = f"output of {path or 'the model'}"
+    return _improve(weights, groups, order, lambda index: miss(index, tensors()), error, on_step, what)
 
 
 def tune_scales(
@@ -175,6 +181,9 @@ def tune_scales(
 
     Returns:
         Mean loss of the batches in nats a token, before and after.
+
+    Raises:
+        InputError: if the loss before is not finite.
     """
     base = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -190,7 +199,7 @@ def tune_scales(
 
     groups = [{"params": [weight.scales for weight in weights], "lr": lr}]
     order = _order(len(batches), batch_size, steps, generator)
-    return _improve(weights, groups, order, lambda index: loss(index, tensors()), mean, on_step)
+    return _improve(weights, groups, order, lambda index: loss(index, tensors()), mean, on_step, "loss of the model")
 
 
 def _improve(
@@ -200,9 +209,14 @@ def _improve(
     loss: Callable[[int], Tensor],
     measure: Callable[[], float],
     on_step: Callable[[], object],
+    what: str,
 ) -> tuple[float, float]:
     """Adam over the steps of ``order``; what ``measure`` gives before and after, undone unless it fell."""
     before = measure()
+    if not math.isfinite(before):
+        raise fail("gqsa", "calibration", "give finite activations", f"NaN or infinity in the {what}")
+    if not order:
+        return before, before
     start = [{name: tensor.clone() for name, tensor in weight.state_dict().items()} for weight in weights]
     optimizer = torch.optim.Adam(groups)
     cosine = torch.optim.lr_scheduler.LambdaLR(

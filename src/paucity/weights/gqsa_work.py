@@ -70,6 +70,7 @@ class Work:
             self.advance(1)
             weights = [self.weights[site.name] for site in group]
             errors[path] = tune_block(
+                path,
                 block,
                 partial(self._tensors, group, path),
                 weights,

@@ -1,7 +1,7 @@
 """Gradients of a loss by the weights of a model, over the calibration batches."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checks import fail
+from ..models.hooks import model_inputs
 from ..models.sites import Site
 
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -18,10 +19,11 @@ def squared_gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence
     """Mean over the batches of the squared gradient of the loss, by parameter name, float32 in its layout.
 
     The loss of a language model is that of predicting each next token; of any other model the batches are
-    ``(inputs, labels)`` and it is the cross-entropy of the labels.
+    ``(inputs, labels)`` and it is the cross-entropy of the labels, or what a transformers model takes as its loss.
 
     Raises:
-        InputError: if there are no labels where they are needed, or a gradient is not finite.
+        InputError: if there are no labels where they are needed, the loss does not depend on a site, or a gradient is
+            not finite.
     """
     parameters = {site.name: model.get_parameter(site.name) for site in sites}
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -32,8 +34,11 @@ def squared_gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence
             parameter.requires_grad_(name in parameters)
         with torch.enable_grad():
             for batch in batches:
-                gradients = torch.autograd.grad(_loss(model, batch, device), list(parameters.values()))
+                loss = _loss(model, batch, device)
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is None:
+                        raise fail("prune", "sites", "be used by the loss", name)
                     total[name] += gradient.float().square() / len(batches)
     finally:
         for name, parameter in model.named_parameters():
@@ -45,12 +50,19 @@ def squared_gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence
 
 
 def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    if isinstance(batch, tuple):
-        return F.cross_entropy(model(batch[0].to(device)), batch[1].to(device))
-    if not isinstance(model, PreTrainedModel):
+    inputs, labels = (part.to(device) for part in batch) if isinstance(batch, tuple) else (batch.to(device), None)
+    transformer = model if isinstance(model, PreTrainedModel) else None
+    if labels is None and (transformer is None or transformer.main_input_name != "input_ids"):
         raise fail("prune", "calibration", "hold (inputs, labels) where gradients are needed", "inputs alone")
-    ids = batch.to(device)
-    if ids.shape[1] < 2:
-        raise fail("prune", "calibration", "have texts of at least 2 tokens where gradients are needed", ids.shape[1])
-    output: Any = model(input_ids=ids, use_cache=False)
-    return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    if labels is None and inputs.shape[1] < 2:
+        wanted = "have texts of at least 2 tokens where gradients are needed"
+        raise fail("prune", "calibration", wanted, inputs.shape[1])
+    if transformer is None:
+        return F.cross_entropy(model(inputs), labels)  # type: ignore[arg-type]
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise fail("prune", "model", "have a head with a loss where gradients are needed", type(model).__name__)
+    if labels is None and not transformer.config.is_encoder_decoder:
+        logits: Tensor = model(**model_inputs(transformer, inputs)).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs[:, 1:].flatten())
+    loss: Tensor = model(**model_inputs(transformer, inputs, inputs if labels is None else labels))[0]
+    return loss

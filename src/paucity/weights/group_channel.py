@@ -12,8 +12,7 @@ Three stages:
 3. Spatial-attention distilling: A = normalise(mean_c F_c^2), flattened over the places, of one map a group, and
    loss + sum_g beta_g ||A_teacher - A_student||^2 (see `attention_loss` for the authors' beta).
 
-Not implemented: moving what removed channels add (the activation of their shift) into the next layers, distilling of
-boxes and classes beside the maps (give `attention_loss` a loss that does).
+Not implemented: moving the activation of removed channels' shift into the next layers; distilling boxes and classes.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -289,9 +288,12 @@ def at_parameters(
 
 
 def last_norms(model: nn.Module, groups: Sequence[ChannelGroup], division: Division) -> list[str]:
-    """Path of the last norm of each group of layers: the modules whose attention maps are distilled by default."""
-    scaled = scales_of(model, groups)
-    return list(dict.fromkeys(scaled[names[-1]][-1].removesuffix(".weight") for names in division.values()))
+    """Path of the last norm of each group of layers that has maps: those are distilled by default."""
+    scaled, flat, last = scales_of(model, groups), {g.name for g in groups if len(g.scale) != 2}, list[str]()
+    for names in division.values():
+        paths = [path.removesuffix(".weight") for name in names if name not in flat for path in scaled[name]]
+        last += [path for path in paths if not isinstance(model.get_submodule(path), nn.BatchNorm1d)][-1:]
+    return list(dict.fromkeys(last))
 
 
 def _cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:

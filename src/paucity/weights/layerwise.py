@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checks import fail
 from ..models.blocks import UpTo, open_chain, sites_by_block
@@ -21,7 +22,7 @@ from ..models.calibration import stacked
 from ..models.exact_attention import exact_attention
 from ..models.hooks import capture_inputs, run_model
 from ..models.sites import Site, weight_view
-from ..models.visits import visits
+from ..models.visits import in_turn, visits
 from ..ops.select import global_topk_masks
 from .allocate import allocate
 from .gradients import squared_gradients
@@ -70,7 +71,7 @@ def prune_layers(
         sites: what is pruned, in the order of the model.
         pruner: how.
         batches: calibration, checked; empty where nothing is calibrated.
-        tell: told before every site.
+        tell: told before every site that is not kept yet.
         keep: a folder where every finished site is kept, so that the same call goes on after a kill.
     """
     check_sites(model, sites, pruner)
@@ -94,12 +95,15 @@ def prune_layers(
             done = {site for _, group in sites_by_block(sites) if done.issuperset(group) for site in group}
         with closing(_calibrated(model, sites, done, pruner, batches)) as calibrated:
             for number, (site, inputs) in enumerate(calibrated):
-                tell(number, len(sites), site.name)
                 if site in done:
+                    result.notes += kept.notes(site)
                     _write(model, *kept.load(model, site), result)
                     continue
-                solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, result.notes)
-                kept.keep(*solved)
+                tell(number, len(sites), site.name)
+                notes: list[str] = []
+                solved = solve_site(model, site, pruner, inputs, sparsities[site.name], gradients, notes)
+                kept.keep(*solved, notes)
+                result.notes += notes
                 _write(model, *solved, result)
         tell(len(sites), len(sites), "done")
     return result
@@ -136,8 +140,11 @@ def _calibrated(
         return
     blocks = sites_by_block(sites)
     left = {path: [site for site in group if site not in done] for path, group in blocks}
-    steps = _block_by_block if pruner.order == "block" else dense_blocks
-    with closing(steps(model, left, pruner.gathers, stacked(batches, most=STACKED))) as blocks_of_inputs:
+    batches = stacked(batches, most=STACKED) if isinstance(model, PreTrainedModel) else batches
+    steps = _block_by_block
+    if pruner.order == "dense":
+        steps = dense_blocks if in_turn(model, list(left), batches[0]) else _all_at_once
+    with closing(steps(model, left, pruner.gathers, batches)) as blocks_of_inputs:
         for path, inputs in blocks_of_inputs:
             yield from ((site, inputs.get(site.name)) for site in dict(blocks)[path])
 
@@ -163,6 +170,15 @@ def dense_blocks(
         for path, run in visited:
             enter(path)
             yield path, found.take(blocks[path], run)
+
+
+def _all_at_once(
+    model: nn.Module, blocks: Mapping[str, Sequence[Site]], gathers: type[InputNorm], batches: Sequence[Tensor]
+) -> Generator[tuple[str, dict[str, list[InputNorm]]], None, None]:
+    """The same of a model whose blocks cannot wait for each other, as some run again: all statistics are held."""
+    sites = [site for group in blocks.values() for site in group]
+    inputs = gather(model, sites, gathers, _run_all(model, sites, batches))
+    yield from ((path, {site.name: inputs[site.name] for site in group}) for path, group in blocks.items())
 
 
 def _block_by_block(
@@ -193,7 +209,8 @@ def solve_site(
 ) -> tuple[Site, Tensor, Tensor | None]:
     """The site, its mask, and its new weight where the method changes what stays; nothing is written."""
     layers = _layers(model, site, inputs, gradients)
-    if pruner.m is None and site.kind == "conv" and not pruner.updates and pruner.scope == "layer":
+    together = pruner.scope == "layer" and type(pruner).solve is Pruner.solve
+    if pruner.m is None and site.kind == "conv" and together:
         scores = torch.stack([pruner.score(layer) for layer in layers])  # groups of a convolution are one layer
         mask = pruner.select(scores, sparsity)
     else:

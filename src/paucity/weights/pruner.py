@@ -64,7 +64,15 @@ class Pruner(BaseModel, ABC):
     @model_validator(mode="after")
     def _consistent(self) -> "Pruner":
         check_pattern("options", self.sparsity, self.scope, self.n, self.m, self.block, self.allocation)
+        self.check_scope("options", self.scope, self.order)
         return self
+
+    @classmethod
+    def check_scope(cls, function: str, scope: str, order: str) -> None:
+        """Raise InputError, in the name of ``function``, if all layers are to compete that are solved in turn."""
+        if scope == "global" and (cls.solve is not Pruner.solve or order == "block"):
+            given = f"{cls.__name__.lower()} with order {order}"
+            raise fail(function, "scope", "not be global where layers are solved one after the other", given)
 
     @property
     def target(self) -> float:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel
@@ -18,9 +18,10 @@ from ..models.packed import packed_linears
 from ..models.sites import Site, find_sites
 from ..ops.formats import Masks
 from .dsnot import DSnoT
+from .kept_sites import claim, digest
 from .layerwise import Pruned, Tell, prune_layers, restore
 from .magnitude import Magnitude
-from .pruner import Allocation, Pruner, Scope, check_pattern
+from .pruner import Allocation, Order, Pruner, Scope, check_pattern
 from .random import Random
 from .sparsegpt import SparseGPT
 from .taylor import Taylor
@@ -95,7 +96,7 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
         left = f", about {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
         work.tell(f"{method}: {done} of {total} weights{left}")
 
-    return _prune(loaded, method, given, calibration, work.folder, tell)
+    return prune_applied(loaded, method, given, calibration, work.folder, tell)
 
 
 def prune(
@@ -109,6 +110,7 @@ def prune(
     block: tuple[int, int] | None = None,
     sites: Collection[str] = ("linear",),
     allocation: Allocation = "uniform",
+    order: Order = "dense",
     calibration: Iterable[Any] = (),
     keep: str | Path | None = None,
     on_progress: Tell | None = None,
@@ -118,7 +120,7 @@ def prune(
     Args:
         loaded: the model, any module.
         method: one of `PRUNERS`, or one of their options (``SparseGPT(sparsity=0.6, damping=0.1)``), which then hold
-            all that follows up to ``allocation``.
+            all that follows up to ``order``.
         sparsity: fraction removed, in [0, 1); 0.5 if neither it nor n and m are given.
         scope: what competes: an output ``row`` (the default of Wanda and DSnoT), a ``layer`` (one parameter, or one
             expert's matrix of a stack; the default of the others), or ``global``: all sites together.
@@ -128,11 +130,14 @@ def prune(
         block: (rows, columns) of the blocks that stay or go as one; (1, 16) are groups of a row.
         sites: kinds or groups of `paucity.models.sites`.
         allocation: sparsity of each site: ``uniform``, ``erk`` by shape, ``owl`` by the share of outliers among the
-            Wanda scores of its block in the dense model, ``greedy`` by the measured error of the block's output.
+            Wanda scores of its block in the dense model, ``cfsp`` by the angle through which the block turns its hidden
+            states, ``greedy`` by the measured error of the block's output.
+        order: ``dense`` calibrates each block in the dense model, ``block`` behind the pruned ones before it.
         calibration: a list or a DataLoader: ``input_ids [1, T]`` int64 of a language model, inputs of any other, or
             mappings and pairs as `paucity.models.calibration.as_batches` takes them. Needed by ``wanda``,
-            ``sparsegpt``, ``dsnot``, ``taylor``, ``owl`` and ``greedy``.
-        keep: a folder where finished blocks are kept, so that the same call goes on where a killed one was.
+            ``sparsegpt``, ``dsnot``, ``taylor``, ``owl``, ``cfsp`` and ``greedy``.
+        keep: a folder where finished sites are kept, so that the same call on the same dense weights goes on where a
+            killed one was; each job has its own.
         on_progress: called with blocks done, blocks in all, and the block.
 
     Returns:
@@ -141,24 +146,26 @@ def prune(
     Raises:
         InputError: if an argument is out of range, the pattern does not divide a site's size, the model has no such
             site, there is no calibration where it is needed or it does not fit the model, or an activation is not
-            finite (the module is named). Then the weights are as before.
+            finite (the module is named), or ``keep`` is the folder of another job. Then the weights are as before.
     """
     target = loaded if isinstance(loaded, Loaded) else Loaded(loaded, None, type(loaded).__name__)
     folder = None if keep is None else Path(keep)
     if isinstance(method, Pruner):
-        given = (sparsity, scope, n, m, block)
-        if any(value is not None for value in given) or tuple(sites) != ("linear",) or allocation != "uniform":
+        given, others = (sparsity, scope, n, m, block), (tuple(sites), allocation, order)
+        if any(value is not None for value in given) or others != (("linear",), "uniform", "dense"):
             raise fail("prune", "method", "hold the other options itself", "both")
-        return _prune(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
+        return prune_applied(target, type(method).__name__.lower(), method, calibration, folder, on_progress).masks
     if not isinstance(method, str):
         raise InputTypeError(f"prune: method must be a name or its options, got {type(method).__name__}.")
     check_choice("prune", "method", method, PRUNERS)
     scope = scope or PRUNERS[method].model_fields["scope"].default
     check_pattern("prune", sparsity, scope, n, m, block, allocation)
+    check_choice("prune", "order", order, get_args(Order))
+    PRUNERS[method].check_scope("prune", scope, order)
     options = PRUNERS[method](
-        sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation
+        sparsity=sparsity, scope=scope, n=n, m=m, block=block, sites=tuple(sites), allocation=allocation, order=order
     )
-    return _prune(target, method, options, calibration, folder, on_progress).masks
+    return prune_applied(target, method, options, calibration, folder, on_progress).masks
 
 
 def is_calibrated(pruner: Pruner) -> bool:
@@ -166,9 +173,10 @@ def is_calibrated(pruner: Pruner) -> bool:
     return pruner.gathers is not None or pruner.needs_gradients or pruner.allocation in _DENSE_ONCE
 
 
-def _prune(
+def prune_applied(
     loaded: Loaded, name: str, pruner: Pruner, calibration: Iterable[Any], keep: Path | None, tell: Tell | None
 ) -> AppliedWeights:
+    """`prune` by a method of that ``name`` with its options, with all that is known of it."""
     model = loaded.model
     sites = find_sites(model, pruner.sites)
     calibrated = is_calibrated(pruner)
@@ -179,10 +187,24 @@ def _prune(
             raise fail("prune", "calibration", f"hold at least one batch of tokens for {name}", "none")
         if not pruner.needs_gradients:
             batches = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    if keep is not None:
+        claim(keep, _job(model, name, pruner, batches))
     with evaluating(model):
         pruned = prune_layers(model, sites, pruner, batches, tell=tell or _silent, keep=keep)
     masks = Masks(pruned.masks, nominal=pruner.target)
     return AppliedWeights(model, masks, pruned.dense, _state(name, pruner, masks, sites, batches, pruned))
+
+
+def _job(model: nn.Module, name: str, pruner: Pruner, batches: list[Any]) -> dict[str, Any]:
+    """What tells a pruning from all others."""
+    flat = [part for batch in batches for part in (batch if isinstance(batch, tuple) else (batch,))]
+    return {
+        "method": name,
+        "options": pruner.model_dump(mode="json"),
+        "calibration": digest(flat),
+        "parameters": [name for name, _ in model.named_parameters()],
+        "weights": digest(model.parameters()),
+    }
 
 
 def _state(

@@ -18,7 +18,7 @@ from .pruner import Layer, Pruner
 class Random(Pruner):
     """Options of ``random``."""
 
-    seed: Annotated[int, Field(ge=0, description="of the masks; each layer has draws of its own")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the masks; each layer has draws of its own")] = 0
 
     def score(self, layer: Layer) -> Tensor:
         """See `random_score`."""

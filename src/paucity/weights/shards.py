@@ -8,19 +8,19 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import fail
 from ..folder import replacing, write_whole
 from ..models.blocks import block_path, sites_by_block
 from ..models.calibration import stacked
 from ..models.exact_attention import exact_attention
 from ..models.save import FOREIGN_KEYS
 from ..models.sites import Site, find_sites
-from ..models.streamed import Streamed, give_back, read_tensor
+from ..models.streamed import Streamed, give_back
 from ..ops import budget
 from .layerwise import STACKED, Tell, dense_blocks, solve_site
 from .matrices import only
@@ -51,12 +51,9 @@ class ShardsJob:
         tell: told before every site.
 
     Attributes:
-        zeros: entries that are 0, by parameter.
+        zeros: entries that are 0, by parameter, when it has run.
         sizes: entries, by parameter.
-        notes: what the user should know.
-
-    Raises:
-        InputError: if a site lies outside the blocks; nothing is written.
+        notes: what the user should know, when it has run.
     """
 
     def __init__(self, streamed: Streamed, sites: list[Site], pruner: Pruner, folder: Path, tell: Tell) -> None:
@@ -66,9 +63,6 @@ class ShardsJob:
         self.blocks = {path: [name for name in streamed.files if name.startswith(f"{path}.")] for path in paths}
         inside = {name for names in self.blocks.values() for name in names}
         self.rest = [name for name in streamed.files if name not in inside]
-        if any(site.layer is None for site in sites):
-            outside = next(site.name for site in sites if site.layer is None)
-            raise fail("prune", "sites", "lie in the blocks to be pruned block by block", outside)
         self.file = {path: _file(number, len(paths) + 1) for number, path in enumerate(paths, 1)}
         self.zeros: dict[str, int] = {}
         self.sizes = {site.name: self.model.get_parameter(site.name).numel() for site in sites}
@@ -84,13 +78,13 @@ class ShardsJob:
         groups = dict(sites_by_block(self.sites))
         left = {path: [] if self._has(path) else groups.get(path, []) for path in self.blocks}
         for path, inputs in self._visited(left, ids):
-            for site in left[path]:
-                self.solve(site, inputs.get(site.name))
-            self.leave(path)
-        for site in self.sites:
-            if self._has(block_path(site)) and site.name not in self.zeros:
-                stored = self.streamed.stored[site.name] or site.name
-                self.zeros[site.name] = _zeros(read_tensor(self.folder / self.file[block_path(site)], stored))
+            notes: list[str] = []
+            zeros = {site.name: self.solve(site, inputs.get(site.name), notes) for site in left[path]}
+            self.leave(path, {"zeros": zeros, "notes": notes})
+        for path in self.blocks:  # also those that a killed job wrote
+            record = json.loads(self._record(path).read_text(encoding="utf-8"))
+            self.zeros |= record["zeros"]
+            self.notes += record["notes"]
 
     def _visited(
         self, left: dict[str, list[Site]], ids: Sequence[Tensor]
@@ -110,21 +104,23 @@ class ShardsJob:
         """Read a block as it was."""
         self.streamed.fill(self.blocks[path])
 
-    def leave(self, path: str) -> None:
-        """Write a block, unless a killed job did, and take it out of memory."""
+    def leave(self, path: str, record: dict[str, Any]) -> None:
+        """Write a block with what is known of it, unless a killed job did, and take it out of memory."""
         if not self._has(path):
+            self._record(path).parent.mkdir(exist_ok=True)
+            write_whole(self._record(path), json.dumps(record))
             self._write(self.blocks[path], self.file[path])
         self.streamed.drop(self.blocks[path])
         give_back()
 
-    def solve(self, site: Site, inputs: list[InputNorm] | None) -> None:
-        """Prune one site in memory."""
+    def solve(self, site: Site, inputs: list[InputNorm] | None, notes: list[str]) -> int:
+        """Prune one site in memory; the number of its zeros."""
         self.tell(self.sites.index(site), len(self.sites), site.name)
-        _, mask, weight = solve_site(self.model, site, self.pruner, inputs, self.sparsities[site.name], {}, self.notes)
+        _, mask, weight = solve_site(self.model, site, self.pruner, inputs, self.sparsities[site.name], {}, notes)
         before = self.model.get_parameter(site.name).detach()
         kept = only(before if weight is None else weight, mask)
-        self.zeros[site.name] = _zeros(kept)
         self.streamed.put(site.name, kept)  # not in place: what was read is the file's own memory
+        return kept.numel() - int(kept.count_nonzero())
 
     def finish(self) -> None:
         """Write what is outside the blocks, the index and the other files of a model."""
@@ -151,9 +147,8 @@ class ShardsJob:
     def _has(self, path: str) -> bool:
         return (self.folder / self.file[path]).is_file()
 
-
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())
+    def _record(self, path: str) -> Path:
+        return self.folder / "stages" / f"{path}.json"
 
 
 def _file(number: int, count: int) -> str:

@@ -7,8 +7,9 @@ implemented: its activation inside the product.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,6 +50,8 @@ class LayerChoice:
 
 class SparseConv1x1(nn.Module):
     """A 1x1 convolution that stores and multiplies its nonzero weights only; see `paucity.kernels.spmm`.
+
+    Under autocast the product is computed in the weight's own dtype and the result is given in autocast's.
 
     Args:
         weight: of ``[out, in, 1, ...]``.
@@ -92,7 +95,8 @@ class SparseConv1x1(nn.Module):
         """``[N, in, *spatial] -> [N, out, *spatial / stride]``."""
         values, bias = self.values, self.bias
         if x.dtype != values.dtype or x.ndim < 4 or not self._fits(x):
-            return sparse_conv1x1(x, self.weight, bias, stride=self.stride)
+            run = partial(sparse_conv1x1, weight=self.weight, bias=bias, stride=self.stride)
+            return _heeding_autocast(run, x, values.dtype)
         # A small layer takes less than the checks of its arguments.
         out = spmm.run(values, self.columns, self.row_offsets, x.reshape(*x.shape[:2], -1), bias)
         return out.view(x.shape[0], self.shape[0], *x.shape[2:])
@@ -110,6 +114,8 @@ class SparseConv1x1(nn.Module):
 class DepthwiseConv(nn.Module):
     """A depthwise convolution that reads and writes channels-first pictures; see `paucity.kernels.depthwise`.
 
+    Under autocast it is computed in the weight's own dtype and the result is given in autocast's.
+
     Args:
         conv: to take weight, bias, stride and padding from; they are shared.
     """
@@ -121,7 +127,14 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W] -> [N, C, H', W']``."""
-        return depthwise_conv(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+        run = partial(depthwise_conv, weight=self.weight, bias=self.bias, stride=self.stride, padding=self.padding)
+        return _heeding_autocast(run, x, self.weight.dtype)
+
+
+def _heeding_autocast(run: Callable[[Tensor], Tensor], x: Tensor, own: torch.dtype) -> Tensor:
+    if not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
+        return run(x)
+    return run(x.to(own)).to(torch.get_autocast_dtype(x.device.type))
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -160,13 +173,17 @@ def sparsify_convs(
     Args:
         model: pruned, zeros in place; best after `fold_batchnorm`.
         example: pictures as the model will get them. With it each 1x1 convolution is timed, dense and sparse in turns,
-            on its own input, and the faster one stays; without it the kernel's limit on density decides. Where one is
-            sparse, depthwise convolutions run channels first, too: PyTorch's turn the pictures over and back. Last, the
-            whole network is timed against the dense one with channels last, which stays where it is not slower.
+            on its own input, and the faster one stays; without it the kernel's limit on density decides. A dtype
+            without a kernel stays dense. Where one is sparse, depthwise convolutions run channels first, too: PyTorch's
+            turn the pictures over and back. Last, the whole network is timed against the dense one with channels last,
+            which stays where it is not slower.
         repeats: rounds of the timing.
 
     Returns:
         the model, and what became of each 1x1 convolution, in the order of the modules.
+
+    Raises:
+        InputError: if ``repeats`` is no count, or the model does not run on ``example``.
     """
     _check_module("sparsify_convs", model)
     check_int("sparsify_convs", "repeats", repeats)
@@ -179,8 +196,10 @@ def sparsify_convs(
         conv = sparse.get_submodule(name)
         choice, replacement = _choose(name, conv, inputs.get(name), repeats)  # type: ignore[arg-type]
         choices.append(choice)
-        if choice.sparse:
+        if choice.sparse and name:
             sparse.set_submodule(name, replacement)
+        elif choice.sparse:  # the model is this convolution
+            sparse = replacement
     for name in others if any(choice.sparse for choice in choices) else ():
         conv = sparse.get_submodule(name)
         ours = DepthwiseConv(conv)  # type: ignore[arg-type]
@@ -206,7 +225,9 @@ def _faster(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> tuple
 def _choose(name: str, conv: Convolution, x: Tensor | None, repeats: int) -> tuple[LayerChoice, SparseConv1x1]:
     packed = SparseConv1x1.from_conv(conv)
     density = len(packed.values) / max(1, conv.weight.numel())
-    limit = spmm.DENSE_ABOVE.get(conv.weight.dtype, 1.0)
+    limit = spmm.DENSE_ABOVE.get(conv.weight.dtype)
+    if limit is None:
+        return LayerChoice(name, density, False, f"no kernel skips zeros in {conv.weight.dtype}"), packed
     if density > limit:
         return LayerChoice(name, density, False, f"a density of {density:.2f} is above {limit}"), packed
     if x is None:
@@ -226,6 +247,10 @@ def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Te
     ]
     try:
         model(example)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        given = f"shape {list(example.shape)} ({first})"
+        raise fail("sparsify_convs", "example", "be what the model's forward takes", given) from error
     finally:
         for hook in hooks:
             hook.remove()

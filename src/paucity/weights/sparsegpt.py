@@ -44,7 +44,10 @@ class SparseGPT(Pruner):
                 "singular; it is damped, and more tokens would serve better"
             )
         if inputs.seen:
-            layer.weight[:, inputs.squares == 0] = 0  # inputs that are always 0 need no weights
+            always_0 = (inputs.squares == 0).to(layer.weight.device)  # such inputs need no weights
+            layer.weight[:, always_0] = 0
+        live = (layer.weight != 0).T.contiguous()
+        sparse = not bool(live.all())  # zeros stay, and what columns before give them goes on as error
         unit = self.m or (self.block[1] if self.block else 1)
         step = max(1, self.block_size // unit) * unit
         mask = torch.empty_like(layer.weight, dtype=torch.bool)
@@ -53,8 +56,10 @@ class SparseGPT(Pruner):
             here = slice(start, start + step)
             block = factor[here, here]
             kept = None
+            kept = live[here] if sparse else None
             if self.m is None:
-                kept = self.select((weight[here] / block.diagonal()[:, None]).square().T, sparsity).T
+                score = (weight[here] / block.diagonal()[:, None]).square().masked_fill(~live[here], -1)
+                kept = self.select(score.T, sparsity).T & live[here]
             weight[here], kept, errors = column_sweep(weight[here], block, kept, n=self.n, m=self.m)
             mask[:, here] = kept.T
             weight[start + step :].addmm_(factor[here, start + step :].T, errors, alpha=-1)

@@ -88,6 +88,7 @@ class InputGram(InputNorm):
     """
 
     gram: Tensor = field(init=False)
+    """On the device of the inputs."""
     _factors: dict[float, tuple[Tensor, float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,8 +97,9 @@ class InputGram(InputNorm):
 
     def add(self, inputs: Tensor) -> None:
         """See `paucity.kernels.gram.add_gram`; only the lower triangle is filled."""
+        self.gram = self.gram.to(inputs.device)
         add_gram(self.gram, inputs)
-        self.squares = self.gram.diagonal().double()
+        self.squares = self.gram.diagonal().double().cpu()
         self.num_tokens += len(inputs)
 
     @property
@@ -185,7 +187,8 @@ class Gathering:
             self._leaders[site.name] = site.name
             if matrix is None and self._first is not None:
                 # The tensor is held until the batch ends, so that its address cannot be another's meanwhile.
-                key = (inputs.data_ptr(), inputs._version, *inputs.shape, *inputs.stride())
+                version = -1 if inputs.is_inference() else inputs._version
+                key = (inputs.data_ptr(), version, *inputs.shape, *inputs.stride())
                 self._leaders[site.name] = self._first.setdefault(key, (site.name, inputs))[0]
         leader = self._leaders[site.name]
         if leader != site.name:

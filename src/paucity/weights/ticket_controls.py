@@ -5,6 +5,7 @@ equal density in every layer follow Su et al. 2020, https://arxiv.org/abs/2009.1
 than its layers' densities.
 """
 
+import hashlib
 from typing import Literal
 
 import torch
@@ -27,6 +28,8 @@ def random_masks(masks: Masks, *, seed: int) -> Masks:
 def reinitialise(model: nn.Module, *, seed: int) -> None:
     """Draw all parameters anew, by the ``reset_parameters`` of the modules that own them.
 
+    The numbers are none that ``torch.manual_seed(seed)`` gives, from which the model itself may have been drawn.
+
     Raises:
         InputError: if a module owns parameters and has no such method; then nothing has changed.
     """
@@ -35,7 +38,7 @@ def reinitialise(model: nn.Module, *, seed: int) -> None:
         if not callable(getattr(module, "reset_parameters", None)):
             raise fail("reinitialise", "model", "hold only modules with reset_parameters", name or type(model).__name__)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"reinitialise {seed}".encode()).digest()[:7]))
         for _, module in owners:
             module.reset_parameters()  # type: ignore[operator]
 

@@ -63,7 +63,8 @@ class TicketFolder:
         temporary = target.with_name(target.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_model(model, str(temporary / _WEIGHTS))
+        with replacing(temporary / _WEIGHTS) as weights:
+            save_model(model, str(weights))
         masks.save(temporary / _MASKS)
         (temporary / _RECORD).write_text(json.dumps(record), encoding="utf-8")
         temporary.rename(target)
@@ -75,8 +76,7 @@ class TicketFolder:
         done: list[tuple[Masks, dict[str, Any]]] = []
         while self._round(len(done)).is_dir():
             path = self._round(len(done))
-            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-            done.append((Masks.load(path / _MASKS), record))
+            done.append((Masks.load(path / _MASKS), _record(path / _RECORD)))
         if done:
             self._read(model, self._round(len(done) - 1) / _WEIGHTS)
         return done
@@ -89,3 +89,14 @@ class TicketFolder:
             load_model(model, str(path))
         except (SafetensorError, RuntimeError, OSError) as error:
             raise fail("iterative_magnitude", "folder", f"hold weights of this model ({error})", path) from error
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What `paucity.weights.iterative` noted of a round; InputError if it is not whole."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise fail("iterative_magnitude", "folder", f"hold a readable record ({error})", path) from error
+    if not isinstance(record, dict) or not {"sparsity", "record", "seconds", "empty"} <= set(record):
+        raise fail("iterative_magnitude", "folder", "hold records of sparsity, record, seconds and empty", path)
+    return record

@@ -137,8 +137,9 @@ class VisualPrompt(nn.Module):
         """What the model says of the prompted images, ``[B, source classes]``."""
         channels, height, width = self.shape
         inner = fit_images(pixels, (channels, height - 2 * self.border, width - 2 * self.border))
-        canvas = F.pad(inner, (self.border,) * 4)
-        logits: Tensor = self.model(canvas + self.prompt * self.frame)
+        canvas, gradients = F.pad(inner, (self.border,) * 4), torch.is_grad_enabled()
+        with evaluating(self.model), torch.set_grad_enabled(gradients):
+            logits: Tensor = self.model(canvas + self.prompt * self.frame)
         return logits
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -153,11 +154,9 @@ class VisualPrompt(nn.Module):
         Raises:
             InputError: if the model has fewer classes than the target.
         """
-        modes = [(module, module.training) for module in self.model.modules()]
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in wanted:
             parameter.requires_grad_(False)
-        self.model.eval()
         device, per_epoch = self.prompt.device, -(-len(images) // batch_size)
         try:
             steps = _steps("VisualPrompt.fit", self, len(images), epochs, batch_size, learning_rate, seed)
@@ -171,8 +170,6 @@ class VisualPrompt(nn.Module):
         finally:
             for parameter in wanted:
                 parameter.requires_grad_(True)
-            for module, training in modes:
-                module.training = training
         return self
 
     def _map(self, images: Images) -> None:

@@ -23,7 +23,7 @@ class Wanda(Pruner):
     def score(self, layer: Layer) -> Tensor:
         """See `wanda_score`."""
         assert layer.inputs is not None  # gathered, as asked for
-        return wanda_score(layer.weight, layer.inputs.norm)
+        return wanda_score(layer.weight, layer.inputs.norm.to(layer.weight.device))
 
 
 def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:

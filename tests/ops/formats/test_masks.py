@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import hypothesis.strategies as st
 import pytest
@@ -129,6 +130,17 @@ def test_save_is_packed_and_whole_or_not_at_all(tmp_path, monkeypatch):
         make_masks(seed=2).save(path)
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert Masks.load(path) == masks
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(OSError, match=r"m\.safetensors could not be written"):
+            make_masks().save(tmp_path / "m.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not os.listdir(tmp_path)
 
 
 def test_reports():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from paucity.checks import InputError
@@ -11,6 +12,7 @@ from paucity.measure.data import data_file
 from paucity.measure.images import accuracy, read_images
 from paucity.models.load import Loaded
 from paucity.models.norms import recalibrate_norms
+from paucity.models.save import save
 from paucity.models.vision import ConvNet
 from paucity.weights.apply import apply_step, options_for
 from paucity.weights.structured.channels import ChannelsOptions, choose_channels
@@ -222,3 +224,46 @@ def test_bad_input(net, batches):
     small = ConvNet(width=4, depth=3)
     applied = apply_step(Loaded(small, None, "net"), "channels", ChannelsOptions(), [torch.randn(8, 1, 28, 28)])
     assert "the statistics of norms stay: 64 images are needed to measure them anew" in applied.state()["notes"]
+
+
+def test_a_shrunk_model_of_transformers_loads_anywhere(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=3)
+    model, images = transformers.ResNetForImageClassification(config).eval(), torch.randn(64, 3, 32, 32)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    dense, shapes = model(images).logits, {name: value.shape for name, value in model.state_dict().items()}
+    loaded, size = Loaded(model, None, "resnet"), sum(p.numel() for p in model.parameters())
+    applied = apply_step(loaded, "channels", ChannelsOptions(), [images])
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * size
+    assert any("filled up with zeros" in note for note in applied.state()["notes"])
+    small = model(images).logits
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    save(loaded, tmp_path / "resnet")
+    again, info = type(model).from_pretrained(tmp_path / "resnet", output_loading_info=True)
+    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    torch.testing.assert_close(again.eval()(images).logits, small, rtol=1e-4, atol=1e-4)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(images).logits, small)
+    with pytest.raises(InputError, match="channels: model must be saved and loaded anew, as an earlier step fills up"):
+        apply_step(loaded, "channels", ChannelsOptions(), [images])
+    applied.remove()
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert not any(module._state_dict_hooks for module in model.modules())
+    assert torch.equal(model(images).logits, dense)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.0}, {"round_to": 64}, {"sparsity": 0.0, "shrink": False}])
+def test_nothing_removed_is_said_and_leaves_the_model(net, batches, options):
+    before = copy.deepcopy(net.state_dict())
+    applied = apply_step(Loaded(net, None, "net"), "channels", ChannelsOptions(**options), batches)
+    assert any("Nothing was removed" in note for note in applied.state()["notes"])
+    assert (applied.masks, applied.density(), applied.state()["sparsity"]) == (None, {}, 0.0)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    applied.remove()
+    groups = channel_groups(net, batches[0][0][:2])
+    with pytest.raises(InputError, match="channel_masks: kept must remove at least one unit, got none removed"):
+        channel_masks(net, groups, {"stem.0": torch.ones(8, dtype=torch.bool)})

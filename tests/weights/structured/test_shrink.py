@@ -194,6 +194,12 @@ def test_bad_input_leaves_the_model_as_it_was(tiny_model):
     [
         ("BloomConfig", {"n_layer": 2, "n_head": 4}, "neurons", None),  # always four times the hidden size
         ("BloomConfig", {"n_layer": 2, "n_head": 4}, "heads", "be fused as in GPT-2, GPT-NeoX or Phi-3"),
+        (
+            "StableLmConfig",
+            {"qk_layernorm": True},
+            "heads",
+            "spans all heads, got q_layernorm.norms, a list of modules",
+        ),
         ("Olmo2Config", {}, "heads", "hold nothing that spans all heads, got q_norm.weight"),
         ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}, "heads", "spans all heads, got sinks"),
         ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}, "expert_neurons", "must stack gates before ups"),
@@ -218,3 +224,54 @@ def test_architectures_beyond_the_table_are_filled_up_or_refused(name, options, 
     zeroed.remove()
     assert shrink(model, kept).padded
     same_everywhere(model, expected, ids, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DiffLlamaConfig", {"num_key_value_heads": 2}, "which then raises: not enough values to unpack"),
+        ("DiffLlamaConfig", {"num_key_value_heads": 2}, "output of .*o_proj changes"),
+        (
+            "XGLMConfig",
+            {"ffn_dim": 48, "attention_heads": 4, "d_model": 32, "num_layers": 2},
+            "raises: shape .* invalid",
+        ),
+    ],
+)
+def test_attention_that_would_compute_something_else_is_refused(name, options, message):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {} if name.startswith("XGLM") else sizes
+    config = getattr(transformers, name)(
+        vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes, **options
+    )
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 64, (2, 18))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    dense, said = logits(model, ids), model.config.to_dict()
+    with pytest.raises(InputError, match=rf"compute the same with its units removed .*got {name[:-6]}.*{message}"):
+        shrink(
+            model, [(units, mask.T if message.startswith("output") else mask) for units, mask in choice(model, "heads")]
+        )
+    assert torch.equal(logits(model, ids), dense)
+    assert model.config.to_dict() == said
+
+
+@pytest.mark.parametrize(("name", "first"), [("llama", "neurons"), ("gpt2", "heads")])
+def test_nothing_more_goes_while_the_state_dict_is_filled_up(tiny_model, name, first, tmp_path):
+    model, ids = tiny_model(name), torch.randint(3, 64, (2, 18))
+    kept = choice(model, first)
+    kept = kept if first == "heads" else [(kept[0][0], torch.arange(48) < 16), kept[1]]
+    assert shrink(model, kept).padded
+    expected = logits(model, ids)
+    for again in (
+        lambda: shrink(model, choice(model, "neurons")),
+        lambda: shrink(model, layers=[0]),
+        lambda: trim(model),
+    ):
+        with pytest.raises(InputError, match="model must be saved and loaded anew, as an earlier step fills up"):
+            again()
+    same_everywhere(model, expected, ids, tmp_path)
+    free = tiny_model("llama")
+    free.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(40, 32))
+    with pytest.raises(InputError, match="have a configuration that can say its sizes"):
+        shrink(free)

@@ -127,6 +127,21 @@ def test_cfsp_gives_more_to_what_turns_more(tiny_model):
     assert (sizes[0] > sizes[1]) == (angular[0] > angular[1])
 
 
+def test_steps_of_neurons_add_up_to_the_sparsity_or_the_miss_is_noted(tiny_model):
+    model, calibration = tiny_model("llama"), tokens()
+    options = {"sparsity": 0.5, "allocation": "cfsp", "sharpness": 20.0, "round_to": 16}
+    applied = step(model, "neurons", calibration, **options)  # shares of 1.2 and 1.8 steps, say
+    sizes = list(applied.state()["sizes"].values())
+    assert (sum(sizes), sorted(sizes)) == (48, [16, 32])
+    assert not any("were asked for" in note for note in applied.state()["notes"])
+    applied.remove()
+    applied = step(model, "neurons", calibration, sparsity=0.5, round_to=16)
+    assert list(applied.state()["sizes"].values()) == [16, 16]
+    assert (
+        "66.7% of the neurons were removed, 50.0% were asked for: they go in steps of 16." in applied.state()["notes"]
+    )
+
+
 def test_ranks_follow_importance_and_keep_the_total():
     assert adaptive_ranks([1.0, 1.0, 1.0], rank=4) == [4, 4, 4]
     assert adaptive_ranks([0.0, 100.0, 0.0], rank=4) == [1, 10, 1]
@@ -176,6 +191,9 @@ def test_bad_input_leaves_the_model_as_it_was(tiny_model):
         with pytest.raises(InputError, match=message):
             step(target, method, calibration, **options)
         assert {name: id(p) for name, p in target.named_parameters()} == before
+    step(model, "cfsp", tokens(), sparsity=0.5, sharpness=20.0)
+    with pytest.raises(InputError, match="neurons: model must be saved and loaded anew, as an earlier step fills up"):
+        step(model, "neurons")
     for options in ({"score": "magnitud"}, {"shrink": False, "recovery": {}}, {"sparsity": 1.0}, {"rank": 3}):
         with pytest.raises(ValidationError):
             options_for("neurons").model_validate(options)

@@ -45,11 +45,11 @@ def add_squares(squares: Tensor, inputs: Tensor) -> None:
     """Add the squares of each column of ``inputs`` to ``squares`` in place: the diagonal of the Gram matrix.
 
     Args:
-        squares: ``[in]`` float64, on the CPU.
+        squares: ``[in]`` float64, contiguous, on the CPU.
         inputs: ``[tokens, in]``, any float dtype; its sums are float32 within some hundred tokens.
 
     Raises:
-        InputError: if the shapes do not fit.
+        InputError: if the shapes do not fit, or ``squares`` is not contiguous.
         InputTypeError: if a dtype does not fit.
     """
     name = "add_squares"
@@ -58,4 +58,6 @@ def add_squares(squares: Tensor, inputs: Tensor) -> None:
     check_shape(name, "squares", squares, inputs.shape[1])
     if squares.dtype != op.TOTAL:
         raise InputTypeError(f"{name}: squares must be {op.TOTAL}, got {squares.dtype}.")
+    if not squares.is_contiguous():
+        raise fail(name, "squares", "be contiguous", f"strides {squares.stride()}")
     op.add_squares(squares, inputs.detach())

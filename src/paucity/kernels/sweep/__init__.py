@@ -14,9 +14,9 @@ def column_sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Remove weights input by input; the inputs behind make up for what is removed.
 
-    For input ``i``: ``error_i = removed_i / U_ii``, and each input ``j > i`` loses ``error_i U_ij``. Either ``mask``
-    says what stays, or ``n`` of every ``m`` inputs do: those with the highest ``(w_i / U_ii)^2`` when their group is
-    reached, of equal ones the first. No gradient flows.
+    For input ``i``: ``error_i = removed_i / U_ii``, and each input ``j > i`` loses ``error_i U_ij``. What ``mask`` says
+    stays, or ``n`` of every ``m`` inputs: those with the highest ``(w_i / U_ii)^2`` when their group is reached, of
+    equal ones the first, and with both only of those that the mask names. No gradient flows.
     Paper: Frantar and Alistarh 2023 (SparseGPT), https://arxiv.org/abs/2301.00774, Algorithm 1.
 
     Args:
@@ -31,7 +31,7 @@ def column_sweep(
         factor's further columns.
 
     Raises:
-        InputError: if shapes, dtypes or devices do not fit, or neither or both of mask and n, m are given.
+        InputError: if shapes, dtypes or devices do not fit, or neither mask nor n and m are given.
     """
     name = "column_sweep"
     check_ndim(name, "weight", weight, 2)
@@ -39,16 +39,13 @@ def column_sweep(
     check_devices(name, weight.device, factor=factor, mask=mask)
     if factor.dtype != weight.dtype:
         raise fail(name, "factor", f"have dtype {weight.dtype}", factor.dtype)
-    if (mask is None) == (n is None or m is None):
-        raise fail(name, "exactly one of mask and n, m", "be given", "both" if mask is not None else "neither")
+    if mask is None and (n is None or m is None):
+        raise fail(name, "mask or n and m", "be given", "neither")
     if mask is not None:
         check_bool(name, "mask", mask)
         check_shape(name, "mask", mask, *weight.shape)
-        swept, kept, errors = op.column_sweep(weight.detach(), factor.detach(), mask, 0, 0)
-        return swept, kept, errors
-    assert n is not None
-    assert m is not None
-    check_nm(name, n, m)
-    check_divides(name, "m", m, weight.shape[0], "the inputs of weight")
-    swept, kept, errors = op.column_sweep(weight.detach(), factor.detach(), None, n, m)
+    if n is not None and m is not None:
+        check_nm(name, n, m)
+        check_divides(name, "m", m, weight.shape[0], "the inputs of weight")
+    swept, kept, errors = op.column_sweep(weight.detach(), factor.detach(), mask, n or 0, m or 0)
     return swept, kept, errors

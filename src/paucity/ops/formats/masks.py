@@ -180,6 +180,8 @@ class Masks:
         try:
             save_file(bits, temporary, metadata=metadata)
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

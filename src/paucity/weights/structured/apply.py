@@ -17,6 +17,7 @@ from .options import OPTIONS, RecoveryOptions
 from .recover import recover
 from .shrinking import Shrunk, shrink
 from .sizes import need_config
+from .surgery import check_unfilled
 from .zeroing import Zeroed, zero
 
 _CHOOSE: dict[str, Callable[..., Choice]] = {
@@ -92,6 +93,8 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: lis
     given = OPTIONS[method].model_validate(options.model_dump())
     model, batches = need_config(method, loaded.model), as_batches(method, loaded.model, calibration)
     ids = [batch for batch in batches if isinstance(batch, Tensor)]
+    if given.shrink:
+        check_unfilled(method, model)
     model.eval()
     choice = _CHOOSE[method](model, given, ids)
     importance = _importance(model, choice, given.recovery, ids)
@@ -144,7 +147,8 @@ def _notes(done: Shrunk | Zeroed, choice: Choice) -> list[str]:
     if isinstance(done, Shrunk) and done.padded:
         notes.append(
             "transformers' configuration has one size for all layers, or cannot say this one: saved weights are filled"
-            " up with zeros to it (load the folder and call trim for the small model again)."
+            " up with zeros to it (load the folder and call trim for the small model again). No further step can remove"
+            " anything from this one."
         )
     return notes
 

@@ -3,7 +3,7 @@
 Paper: Wang et al. 2024, https://arxiv.org/abs/2409.13199; details from the authors' code.
 
 1. Coarse: the importance of a block is the angular distance of what goes in and what comes out; its share of the
-   neurons is `paucity.ops.budget_blocks.by_importance`, counts rounded to a multiple (128 in the paper).
+   neurons is `paucity.ops.budget_blocks.by_importance`, counts rounded to multiples (128 in the paper), of their sum.
 2. Fine: within a block, `cfsp_score` of every neuron.
 3. Recovery: low-rank adapters whose ranks follow the importance (`structured.recover`).
 
@@ -14,6 +14,7 @@ down) or its input (of gate and up), so that the weights have a say. Pruned are 
 paper; attention stays.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -74,3 +75,18 @@ def cfsp_score(
     dim = 1 if relative == "row" else 0
     parts = [(term / term.sum(dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).mean(0) for term in terms]
     return torch.stack(parts).sum(0) * norm.pow(power)
+
+
+def largest_remainder(fair: Sequence[float]) -> list[int]:
+    """Whole numbers, at least 1 each, of the same sum (rounded, and as far as there are), ties to the earlier.
+
+    Examples:
+        >>> largest_remainder([2.5, 1.3, 0.2])
+        [2, 1, 1]
+    """
+    total, result = max(len(fair), round(sum(fair))), [max(1, math.floor(value)) for value in fair]
+    while sum(result) < total:
+        result[max(range(len(fair)), key=lambda i: fair[i] - result[i])] += 1
+    while sum(result) > total:
+        result[max((i for i in range(len(fair)) if result[i] > 1), key=lambda i: result[i] - fair[i])] -= 1
+    return result

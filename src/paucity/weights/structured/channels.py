@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...checks import check_choice, check_int, check_sparsity, fail
 from ...measure.tokens import device_of, evaluating
@@ -26,7 +27,8 @@ from ...ops.formats import Masks
 from ...ops.select import global_topk_masks, num_kept, topk_mask
 from .channels_groups import channel_groups
 from .channels_scores import Score, channel_scores
-from .channels_shrink import ChannelGroup, channel_masks, shrunk_tensors
+from .channels_shrink import ChannelGroup, channel_masks, kept_entries, shrunk_tensors
+from .surgery import check_unfilled, fill_up
 
 Allocation = Literal["uniform", "erk", "global"]
 _ENOUGH = 64
@@ -133,13 +135,13 @@ class AppliedChannels:
 
     Args:
         model: the pruned model.
-        masks: of the dense model's parameters.
+        masks: of the dense model's parameters; None where nothing was removed.
         undo: what brings the dense model back, called last to first.
         state: method, options, what was kept and notes.
     """
 
     def __init__(
-        self, model: nn.Module, masks: Masks, undo: Sequence[Callable[[], None]], state: dict[str, Any]
+        self, model: nn.Module, masks: Masks | None, undo: Sequence[Callable[[], None]], state: dict[str, Any]
     ) -> None:
         self.model, self.masks = model, masks
         self._undo, self._state = list(undo), state
@@ -151,7 +153,8 @@ class AppliedChannels:
 
     def density(self) -> dict[str, float]:
         """Share of each dense parameter that is left."""
-        return {name: 1 - sparsity for name, sparsity in self.masks.sparsity().layers.items()}
+        layers = self.masks.sparsity().layers if self.masks is not None else {}
+        return {name: 1 - sparsity for name, sparsity in layers.items()}
 
     def reset(self) -> None:
         """Nothing to reset: the density of weights is static."""
@@ -170,20 +173,26 @@ def options_for(method: str) -> type[BaseModel]:
 def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Iterable[Any]) -> AppliedChannels:
     """Remove channels of ``loaded.model`` in place, for good or as zeros.
 
+    The configuration of a transformers model goes on with the dense sizes: its state dict is filled up with zeros to
+    them, so that what is saved loads with plain transformers.
+
     Raises:
-        InputError: as `choose_channels`; then the model is as before.
+        InputError: as `choose_channels`, or an earlier step fills up the state dict; then the model is as before.
     """
     check_choice("apply_step", "method", method, ("channels",))
     given = ChannelsOptions.model_validate(options.model_dump())
     model = loaded.model
+    if given.shrink:
+        check_unfilled("channels", model)
     batches = as_batches("apply_step", model, calibration)
     choice = choose_channels(model, batches, **given.model_dump(exclude={"shrink", "recalibrate"}))
-    masks = channel_masks(model, choice.groups, choice.kept, nominal=given.sparsity)
-    if given.shrink:
-        undo = [replace_tensors(model, shrunk_tensors(model, choice.groups, choice.kept))]
+    masks, undo = None, list[Callable[[], None]]()
+    if all(bool(mask.all()) for mask in choice.kept.values()):
+        choice.notes.append("Nothing was removed: every group keeps all of its channels at this sparsity and round_to.")
     else:
-        undo = [_zeroed(model, masks)]
-    if given.recalibrate:
+        masks = channel_masks(model, choice.groups, choice.kept, nominal=given.sparsity)
+        undo.append(_shrunk(model, choice) if given.shrink else _zeroed(model, masks))
+    if given.recalibrate and masks is not None:
         images = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
         if sum(map(len, images)) >= _ENOUGH:
             undo.append(recalibrate_norms(model, [batch.to(device_of(model)) for batch in images]))
@@ -192,11 +201,29 @@ def apply_step(loaded: Loaded, method: str, options: BaseModel, calibration: Ite
     state = {
         "method": method,
         "options": given.model_dump(mode="json"),
-        "sparsity": masks.sparsity().achieved,
+        "sparsity": 0.0 if masks is None else masks.sparsity().achieved,
         "kept": {name: [int(mask.sum()), len(mask)] for name, mask in choice.kept.items()},
         "notes": choice.notes,
     }
     return AppliedChannels(model, masks, undo, state)
+
+
+def _shrunk(model: nn.Module, choice: ChannelChoice) -> Callable[[], None]:
+    smaller = shrunk_tensors(model, choice.groups, choice.kept)
+    if not isinstance(model, PreTrainedModel):
+        return replace_tensors(model, smaller)
+    choice.notes.append(
+        "The model's configuration goes on with the dense sizes: saved weights are filled up with zeros to them, and no"
+        " further step can remove anything from this model."
+    )
+    empty = fill_up(model, kept_entries(choice.groups, choice.kept))
+    dense = replace_tensors(model, smaller)
+
+    def undo() -> None:
+        dense()
+        empty()
+
+    return undo
 
 
 @torch.no_grad()

@@ -88,12 +88,12 @@ def channel_masks(
         nominal: the sparsity asked for.
 
     Raises:
-        InputError: see `check_kept`; or nothing is in a group.
+        InputError: see `check_kept`; or nothing is removed.
     """
     check_kept("channel_masks", groups, kept)
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
-    for name, dims in _entries(groups, kept).items():
+    for name, dims in kept_entries(groups, kept).items():
         if name not in parameters:
             continue
         parameter = parameters[name]
@@ -102,6 +102,8 @@ def channel_masks(
             shape = [-1 if place == dim else 1 for place in range(parameter.ndim)]
             mask &= stays.to(parameter.device).view(shape)
         masks[name] = mask
+    if not masks:
+        raise fail("channel_masks", "kept", "remove at least one unit", "none removed")
     return Masks(masks, nominal=nominal)
 
 
@@ -128,7 +130,7 @@ def shrunk_tensors(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept)
     check_kept("shrink_channels", groups, kept)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     result = {}
-    for name, dims in _entries(groups, kept).items():
+    for name, dims in kept_entries(groups, kept).items():
         for dim, stays in dims.items():
             if name not in tensors or tensors[name].shape[dim] != len(stays):
                 raise fail("shrink_channels", "groups", "be those of this model", f"{name} of another shape")
@@ -136,8 +138,8 @@ def shrunk_tensors(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept)
     return result
 
 
-def _entries(groups: Sequence[ChannelGroup], kept: Kept) -> dict[str, dict[int, Tensor]]:
-    """Tensor name to dimension to the entries that stay."""
+def kept_entries(groups: Sequence[ChannelGroup], kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """Tensor name to dimension to the entries that stay (bool), of the tensors that lose some."""
     found: dict[str, dict[int, Tensor]] = {}
     for group in groups:
         mask = kept.get(group.name)

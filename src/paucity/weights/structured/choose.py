@@ -14,13 +14,16 @@ from ...ops import budget
 from ...ops.budget_blocks import by_importance
 from ...ops.select import num_kept, topk_mask
 from ..wanda import wanda_score
-from .cfsp import cfsp_score, coarse_importance
+from .cfsp import cfsp_score, coarse_importance, largest_remainder
 from .influence import Statistics, gather
 from .layouts import find_units
 from .options import CfspOptions, HeadsOptions, LayersOptions, NeuronsOptions
 from .scores import output_sites, unit_scores
 from .shrinking import whole_rows
 from .units import Units
+
+_NEAR = 0.01
+"""What is removed may miss the sparsity by this much without a note."""
 
 
 @dataclass
@@ -142,18 +145,44 @@ def _keep(
     round_to: int,
     choice: Choice,
 ) -> Choice:
-    """The best neurons of every network: at least one step of them, whatever the allocation says."""
+    """The best neurons of every network, in whole steps: at least one, whatever the allocation says."""
+    steps = {units.module: math.lcm(round_to, whole_rows(model, units)) for units in found}
     for units in found:
-        step = math.lcm(round_to, whole_rows(model, units))
-        size = units.sizes[-1]
+        step, size = steps[units.module], units.sizes[-1]
         check_divides("neurons", "round_to", step, size, f"the neurons of {units.module}")
         _count("neurons", size // step, target, f"neurons (in steps of {step})")
-        count = step * max(1, num_kept(size // step, sparsity[units.module]))
+    counts = _step_counts(found, steps, sparsity)
+    for units in found:
+        count = steps[units.module] * counts[units.module]
         choice.kept.append((units, topk_mask(scores[units.module], k=count, dim=-1)))
     kept = sum(int(mask.sum()) for _, mask in choice.kept)
     every = sum(mask.numel() for _, mask in choice.kept)
     choice.notes += _nothing(every, kept, "neurons")
+    if kept < every and abs(1 - kept / every - target) > _NEAR:
+        gone, taken = (
+            f"{1 - kept / every:.1%} of the neurons were removed",
+            ", ".join(map(str, sorted({*steps.values()}))),
+        )
+        choice.notes.append(f"{gone}, {target:.1%} were asked for: they go in steps of {taken}.")
     return choice
+
+
+def _step_counts(found: Sequence[Units], steps: Mapping[str, int], sparsity: Mapping[str, float]) -> dict[str, int]:
+    """How many steps of neurons every network keeps: where all shares are equal, alike networks keep equally many.
+
+    Where they are not, networks whose steps are equal parts keep as many together as their shares say.
+    """
+    whole = {units.module: units.sizes[-1] // steps[units.module] for units in found}
+    if len(set(sparsity.values())) == 1:
+        return {name: max(1, num_kept(size, sparsity[name])) for name, size in whole.items()}
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for units in found:
+        alike.setdefault((units.kind, units.sizes[:-1], steps[units.module]), []).append(units.module)
+    counts: dict[str, int] = {}
+    for names in alike.values():
+        fair = [whole[name] * (1 - sparsity[name]) for name in names]
+        counts |= dict(zip(names, largest_remainder(fair), strict=True))
+    return counts
 
 
 def _fine(model: nn.Module, found: Sequence[Units], statistics: Statistics, options: CfspOptions) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""Where the heads, neurons and experts of a model lie, in every architecture.
+"""Where the heads, neurons and experts of a model lie, in every architecture whose projections `find_sites` knows.
 
 Fused projections have layouts of their own: GPT-2's ``c_attn`` and Phi-3's ``qkv_proj`` hold all queries, then all
 keys, then all values; GPT-NeoX's ``query_key_value`` holds query, key and value head by head; ``gate_up`` holds all
 gates, then all ups.
 
 Not found, and refused with the reason: projections that are no ``nn.Linear`` or ``Conv1D`` (quantised or wrapped
-layers), tied ones, fused layouts of other architectures, norms over all heads together, attention with a gate or sinks
-of its own, experts that interleave gate and up or have biases.
+layers), tied ones, fused layouts of other architectures, norms over all heads together or one for each, attention with
+a gate or sinks of its own, experts that interleave gate and up or have biases, projections of other names (BERT's
+``self.query`` and ``intermediate.dense``, ModernBERT's, T5's, CodeGen's, GPT-J's ``fc_in``). What a layout does not
+tell, such as heads in pairs, `shrink` finds out by trying.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checks import fail
 from ...models.blocks import block_path
-from ...models.sites import Site, find_sites, weight_view
+from ...models.sites import Site, experts_are_transposed, find_sites, weight_view
 from ...models.text_config import text_config
 from .units import Entries, Sizes, Slot, Units
 
@@ -156,6 +158,9 @@ def _check_attention(model: nn.Module, path: str, dim: int) -> None:
         if not isinstance(owner, nn.Linear | Conv1D) and tuple(parameter.shape) != (dim,):
             shape = list(parameter.shape)
             raise fail("find_units", path, "hold nothing that spans all heads", f"{name} of shape {shape}")
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
+            raise fail("find_units", path, "hold nothing that spans all heads", f"{name}, a list of modules")
 
 
 def _neurons(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
@@ -227,7 +232,7 @@ def _experts(model: nn.Module, down: Site, near: dict[str, Site]) -> Units:
 def _check_stack(model: nn.Module, down: Site) -> None:
     owner = model.get_submodule(down.module)
     mixed = not getattr(owner, "is_concatenated", True) or not getattr(owner, "has_gate", True)
-    if mixed or getattr(owner, "is_transposed", False) or getattr(owner, "has_bias", False):
+    if mixed or experts_are_transposed(owner) or getattr(owner, "has_bias", False):
         raise fail("find_units", down.module, "stack gates before ups, without biases, to be cut", type(owner).__name__)
 
 

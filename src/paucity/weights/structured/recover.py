@@ -19,13 +19,14 @@ from ...measure.data import read_text
 from ...models.calibration import calibration_batches
 from ...models.load import Loaded
 from ...models.sites import GROUPS, find_sites
+from .cfsp import largest_remainder
 from .options import RecoveryOptions
 
 
 def adaptive_ranks(importance: Sequence[float], rank: int) -> list[int]:
     """Ranks of blocks in proportion to their importance, at least 1 each, that sum to ``rank * len(importance)``.
 
-    Rounded by largest remainder, ties to the earlier block.
+    Rounded by `largest_remainder`.
 
     Examples:
         >>> adaptive_ranks([3.0, 1.0], rank=8)
@@ -36,14 +37,7 @@ def adaptive_ranks(importance: Sequence[float], rank: int) -> list[int]:
         raise fail("adaptive_ranks", "importance", "be finite and not negative", list(importance))
     if sum(importance) == 0:
         return [rank] * len(importance)
-    total = rank * len(importance)
-    fair = [total * value / sum(importance) for value in importance]
-    result = [max(1, math.floor(value)) for value in fair]
-    while sum(result) < total:
-        result[max(range(len(fair)), key=lambda i: fair[i] - result[i])] += 1
-    while sum(result) > total:
-        result[max((i for i in range(len(fair)) if result[i] > 1), key=lambda i: result[i] - fair[i])] -= 1
-    return result
+    return largest_remainder([rank * len(importance) * value / sum(importance) for value in importance])
 
 
 def recover(

@@ -8,6 +8,7 @@ The model stays an object of its class, with ``config`` changed to what it is no
 ``save_pretrained`` work on, and what is saved loads with plain transformers. Where the configuration cannot say the
 sizes (per layer, or heads of GPT-2, GPT-NeoX and OPT, which must fill the hidden size), the model computes with the
 small ones all the same, and its state dict is filled up with zeros; `trim` cuts such a model again after loading.
+Nothing more can be removed from it while its state dict is filled up.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,7 +32,8 @@ from .sizes import (
     shapes,
     slot_size,
 )
-from .surgery import Surgery
+from .surgery import Surgery, check_unfilled
+from .trying import check_outputs, outputs_of_zeros
 from .units import Sizes, Units, kept_entries, masks_of
 
 Kept = Sequence[tuple[Units, Tensor]]
@@ -68,17 +70,27 @@ def shrink(model: nn.Module, kept: Kept = (), *, layers: Collection[int] = ()) -
 
     Raises:
         InputError: if nothing would be left, numbers differ where they must not, a weight is tied or of an unknown
-            layout, or transformers could not build the model again. Then the model is as it was.
+            layout, the model computes something else without the units than with zeros, transformers could not build
+            it again, or its state dict is filled up already. Then the model is as it was.
     """
     owner, dense = need_config("shrink", model), shapes(model)
+    check_unfilled("shrink", owner)
     check_kept("shrink", kept)
     gone = tuple(f"{path}." for path in check_layers("shrink", model, layers)) if layers else ()
+    tried = [pair for pair in kept if pair[0].kind in ("heads", "neurons")]
+    expected = outputs_of_zeros(owner, tried)
     surgery = Surgery(owner)
     try:
         targets, values = _targets(owner, kept)
         density: dict[str, float] = {}
-        for units, mask in kept:
+        for units, mask in tried:
             density |= _cut(surgery, units, mask.cpu(), targets[units.module])
+        apply_values(surgery, owner, values)
+        if expected:
+            check_outputs(owner, expected)
+        for units, mask in kept:
+            if units.kind not in ("heads", "neurons"):
+                density |= _cut(surgery, units, mask.cpu(), targets[units.module])
         if layers:
             values |= cut_layers(surgery, owner, layers)
             density |= {name: 0.0 for name in dense if name.startswith(gone)}

@@ -132,7 +132,7 @@ def agrees(function: str, surgery: Surgery, values: Mapping[str, object], *, in_
     """
     built = skeleton(surgery.model, values)
     said = ", ".join(f"{name}={value}" for name, value in values.items())
-    constraint = f"have a configuration that can say {said}"
+    constraint = f"have a configuration that can say {said or 'its sizes'}"
     if built is None or shapes(built) != surgery.saved_shapes():
         raise fail(function, "model", constraint, type(surgery.model).__name__)
     if in_blocks:

@@ -5,13 +5,15 @@ fill the hidden size), the state dict of a cut module is filled up with zeros to
 again when it is loaded. So ``state_dict``, ``save_pretrained`` and ``load_state_dict`` always fit ``model.config``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ...checks import fail
 
 
 class Surgery:
@@ -59,9 +61,7 @@ class Surgery:
             self.set(owner, ("nx", "nf")[dim], new.shape[dim])
         if place is not None:
             self.filled.append((owner, name, dim, full))
-            saving = owner.register_state_dict_post_hook(_Fill(name, dim, place, full))
-            loading = owner.register_load_state_dict_pre_hook(_Empty(name, dim, place, full))
-            self._undo += [saving.remove, loading.remove]
+            self._undo += [handle.remove for handle in _install(owner, name, dim, place, full)]
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter as the state dict has it."""
@@ -78,11 +78,53 @@ class Surgery:
             self._undo.pop()()
 
 
+def check_unfilled(function: str, model: nn.Module) -> None:
+    """Refuse a model whose state dict is filled up: sizes can change only where a state dict has those of the model."""
+    if any(isinstance(hook, _Fill) for module in model.modules() for hook in module._state_dict_hooks.values()):
+        constraint = "be saved and loaded anew, as an earlier step fills up its state dict with zeros"
+        raise fail(function, "model", constraint, type(model).__name__)
+
+
+def fill_up(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> Callable[[], None]:
+    """Let the state dict keep the sizes of now when parameters and buffers are replaced by what is kept of them.
+
+    Args:
+        model: dense as yet.
+        kept: name of a tensor to dimension to bool, True stays.
+
+    Returns:
+        What undoes it.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    by_id = {id(tensors[name]): dims for name, dims in kept.items()}
+    handles = list[Any]()
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if name in module._non_persistent_buffers_set:
+                continue
+            for dim, stays in by_id.get(id(tensor), {}).items():
+                handles += _install(module, name, dim, stays.nonzero().squeeze(-1), len(stays))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
 def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     """Entries ``index`` along ``dim``; of ``[experts, n]`` indices, row by row of the first dimension."""
     if index.ndim == 1:
         return tensor.index_select(dim, index)
     return torch.stack([part.index_select(dim - 1, rows) for part, rows in zip(tensor, index, strict=True)])
+
+
+def _install(owner: Any, name: str, dim: int, place: Tensor, full: int) -> list[Any]:
+    """Handles of the hooks that fill up a parameter or buffer of ``owner`` when saved, and cut it when loaded."""
+    return [
+        owner.register_state_dict_post_hook(_Fill(name, dim, place, full)),
+        owner.register_load_state_dict_pre_hook(_Empty(name, dim, place, full)),
+    ]
 
 
 class _Fill:
