@@ -22,7 +22,7 @@ def test_a_linear_error_is_all_linear():
 
 def test_noise_is_not_linear():
     fit, test = torch.randn(4000, 6), torch.randn(4000, 6)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(11)
     found = dark_matter(lambda x: x + 0.1 * torch.randn(x.shape, generator=g), fit, test)
     assert abs(found.r2) < 0.01
     assert found.fvu == pytest.approx(0.01, rel=0.1)
@@ -31,7 +31,7 @@ def test_noise_is_not_linear():
 
 def test_norms_that_are_linear():
     fit, test = torch.randn(4000, 5), torch.randn(2000, 5)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(11)
 
     def dictionary(x):
         size = (4 + x[:, :1].clamp(-3, 3)).sqrt()

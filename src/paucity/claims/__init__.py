@@ -120,7 +120,7 @@ CLAIMS: dict[str, Claim] = {
     "ioi-supervised-beats-sae-control": Claim(
         "ioi_supervised_beats_sae_control",
         "2405.08366",
-        "A dictionary that knows a task's attributes controls a model by its edits better than a sparse autoencoder does; "
+        "A dictionary that knows a task's attributes controls a model by edits better than a sparse autoencoder does; "
         "here on recall with the attributes of indirect object identification, which the embedded model cannot do.",
     ),
     "itda-model-similarity": Claim(
