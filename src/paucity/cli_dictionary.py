@@ -129,16 +129,17 @@ def info(
 
 
 def _show(record: dict[str, Any]) -> None:
-    heads = ("dictionary", "method", "atoms", "FVU", "expl. var.", "L0", "dead", "CE-loss score")
+    heads = ("dictionary", "method", "atoms", "FVU", "expl. var.", "L0", "dead", "dense", "CE-loss score")
     table = Table(*heads, box=None, pad_edge=False)
     for one in record["dictionaries"]:
         found, tokens = one["metrics"], None
-        cells = ["-"] * 5
+        cells = ["-"] * 6
         if found is not None:
             score, tokens = found["ce_loss_score"], found["num_tokens"]
             cells = [f"{found['fvu']:.3f}", f"{found['explained_variance']:.3f}", f"{found['l0']:.1f}"]
-            cells += [f"{found['dead']:.1%}", "-" if score is None else f"{score:.3f}"]
+            dense = "-" if found.get("dense") is None else f"{found['dense']:.1%}"
+            cells += [f"{found['dead']:.1%}", dense, "-" if score is None else f"{score:.3f}"]
         table.add_row(one["name"], one["method"], f"{one['dict_size']:,}", *cells)
     out.print(table)
     if tokens is not None:
-        out.print(f"  Dead: in none of the codes of {tokens:,} held-out tokens.", markup=False)
+        out.print(f"  Dead: in none of the codes of {tokens:,} held-out tokens; dense: in over 10 %.", markup=False)

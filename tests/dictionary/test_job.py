@@ -114,6 +114,8 @@ def test_judging_by_definition(model, items):
     assert figures["explained_variance"] == pytest.approx(1 - figures["fvu"])
     assert figures["l0"] == pytest.approx(float((codes.values != 0).sum(1).float().mean()))
     assert figures["dead"] == pytest.approx(1 - len(codes.indices[codes.values != 0].unique()) / 16)
+    often = (codes.to_dense() != 0).double().mean(0) > 0.1
+    assert figures["dense"] == pytest.approx(float(often.double().mean()))
     assert figures["num_tokens"] == len(x)
     with torch.no_grad():
         logits = torch.cat([model(ids).logits[0, :-1] for ids in items])

@@ -34,8 +34,9 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
 
     The place is the residual stream behind the first block where the activation of a changed prompt takes over (the
     model then prefers what it does on the changed prompt, in ``LEAST_TRUTH`` of them); before it there is nothing to
-    control, as later blocks look the answer up again. It holds if in every draw the supervised dictionary (least squares) agrees with the true activation more often
-    than the autoencoder trained on the task's activations, with as many swapped features as suits the latter best.
+    control, as later blocks look the answer up again. It holds if in every draw the supervised dictionary (least
+    squares) agrees with the true activation more often than the autoencoder trained on the task's activations, with as
+    many swapped features as suits the latter best.
 
     Args:
         quick: fewer prompts and one draw.

@@ -2,8 +2,9 @@
 
 ``explained_variance`` is ``1 - E|x - x_hat|^2 / (E|x|^2 - |E x|^2)`` over all tokens, in float64, and ``fvu`` what is
 missing to 1; ``l0`` the mean number of nonzeros of a code; ``dead`` the share of atoms in no code of these
-``num_tokens``; ``ce_loss_score`` is ``(CE_zero - CE_dictionary) / (CE_zero - CE)`` of the next token, where the
-activation is replaced by zeros or by its reconstruction, at all tokens that are not left out.
+``num_tokens`` and ``dense`` that of atoms in more than a tenth of them; ``ce_loss_score`` is
+``(CE_zero - CE_dictionary) / (CE_zero - CE)`` of the next token, where the activation is replaced by zeros or by its
+reconstruction, at all tokens that are not left out.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import fail
+from ..measure.codes import Firing, firing
 from ..measure.tokens import device_of, evaluating, forward
 from ..models.harvest import Hook, find_hook, harvest, kept_tokens
 from ..models.substitute import substituted
@@ -77,7 +79,7 @@ class _Sums:
     def __init__(self, dict_size: int) -> None:
         self.count, self.error, self.square, self.nonzeros = 0, 0.0, 0.0, 0
         self.mean: Tensor | None = None
-        self.used = torch.zeros(dict_size, dtype=torch.bool)
+        self.fired = torch.zeros(dict_size, dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, dictionary: Dictionary, rows: Tensor) -> None:
@@ -88,20 +90,22 @@ class _Sums:
             total = x.double().sum(0).cpu()
             self.mean = total if self.mean is None else self.mean + total
             self.nonzeros += int(codes.l0().sum())
-            self.used[codes.indices[codes.values != 0].long().cpu()] = True
+            self.fired += firing([codes]).counts
             self.count += len(x)
 
     def figures(self) -> dict[str, Any]:
         if not self.count or self.mean is None:
             raise fail("judge", "items", "hold a token that is not left out", "none")
         variance = self.square / self.count - float((self.mean / self.count).square().sum())
+        fires = Firing(self.fired, self.count)
         fvu = self.error / self.count / variance if variance > 0 else math.nan
         return {
             "num_tokens": self.count,
             "fvu": fvu,
             "explained_variance": 1 - fvu,
             "l0": self.nonzeros / self.count,
-            "dead": 1 - float(self.used.float().mean()),
+            "dead": fires.dead,
+            "dense": fires.dense(),
         }
 
 
