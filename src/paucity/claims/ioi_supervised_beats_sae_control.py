@@ -48,7 +48,7 @@ def run(*, quick: bool, seed: int = 0, loaded: Loaded | None = None) -> ClaimRes
     tokenizer = loaded.need_tokenizer(NAME)
     count, tested, draws = (512, 128, 1) if quick else (2048, 512, 3)
     layers = int(loaded.model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-    seen = prompts(tokenizer, "recall", tested, values=VALUES, seed=seed + 1_000_000)
+    seen = prompts(tokenizer, "recall", min(tested, 64), values=VALUES, seed=seed + 1_000_000)
     hook = _place(loaded, seen, layers, seed)
     found = []
     for draw in range(seed, seed + draws):
@@ -96,9 +96,9 @@ def _right(logits: Tensor, found: Prompts) -> float:
 def _place(loaded: Loaded, seen: Prompts, layers: int, seed: int) -> str:
     new = other_values(seen.labels, CONTROLLED, VALUES, seed=seed)
     ids = seen.changed(new)
+    wanted = LastToken(loaded.model, "residual.0", seen.candidates).logits(ids).argmax(1)
     for layer in range(layers):
         place = LastToken(loaded.model, f"residual.{layer}", seen.candidates)
-        wanted = place.logits(ids).argmax(1)
         if float((place.logits(seen.ids, place.activations(ids)).argmax(1) == wanted).double().mean()) >= LEAST_TRUTH:
             return f"residual.{layer}"
     return f"residual.{layers - 1}"
