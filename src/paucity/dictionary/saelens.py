@@ -149,7 +149,9 @@ def _as_saelens(dictionary: Dictionary) -> tuple[str, dict[str, Tensor], dict[st
     if isinstance(dictionary, MatchingPursuit) and not dictionary.signed:
         options: dict[str, Any] = {"apply_b_dec_to_input": True, "max_iterations": dictionary.k}
         options |= {"residual_threshold": dictionary.tolerance, "stop_on_duplicate_support": dictionary.stop_on_repeat}
-        return "matching_pursuit", {"W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias}, options
+        atoms, bias = dictionary.decoder, dictionary.decoder_bias
+        offset: Tensor = atoms.new_zeros(atoms.shape[1]) if bias is None else bias
+        return "matching_pursuit", {"W_dec": atoms, "b_dec": offset}, options
     if not isinstance(dictionary, SparseAutoencoder):
         raise fail("save_saelens", "dictionary", "be one that SAELens has", type(dictionary).__name__)
     rule, state = dictionary.rule, dictionary.state_dict()

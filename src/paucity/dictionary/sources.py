@@ -91,7 +91,7 @@ class TensorSource(ActivationSource):
             rows = torch.arange(at, at + batch_size)
             epochs, places = rows // count, rows % count
             found = torch.empty(batch_size, dtype=torch.int64)
-            for epoch in epochs.unique().tolist():
+            for epoch in sorted(set(epochs.tolist())):
                 mine = epochs == epoch
                 found[mine] = _order(count, 1_000_003 * self.seed + epoch)[places[mine]]
             found = found.to(self.activations.device)

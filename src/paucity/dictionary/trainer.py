@@ -100,9 +100,10 @@ def train(
     Args:
         dictionary: what is trained; all of one ``input_size``.
         activations: ``[n, input_size]`` or a source; finite.
-        options: how; ``changes`` are fields of it, given by name.
+        options: how.
         keep: a folder for checkpoints: the same call goes on after a kill, exactly.
         on_progress: told after every step.
+        **changes: fields of ``options``, by name.
 
     Raises:
         InputError: if sizes do not fit, activations or the loss are not finite, or a checkpoint is of other
@@ -264,8 +265,9 @@ class _Job:
             raise fail("train", "keep", "hold a checkpoint of the same training", f"another in {folder}")
         tensors = load_file(path)
         self.step, self.seconds, self.scale = record["step"], record["seconds"], record["scale"]
+        parts = ("fvu", "l0", "silent")
         self.history = [
-            Progress(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            Progress(entry["step"], entry["total"], *(tuple(entry[part]) for part in parts))
             for entry in record["history"]
         ]
         for number, (one, optimizer) in enumerate(zip(self.each, self.optimizers, strict=True)):
