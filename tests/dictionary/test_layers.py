@@ -70,6 +70,7 @@ def test_coding_rate_matches_loops(shape):
     assert bool((coding_rate(same) < coding_rate(w)).all())
 
 
+@torch.no_grad()
 def test_layer_terms_are_those_of_the_forward():
     torch.manual_seed(0)
     model = Crate(image_size=8, patch_size=2, width=12, depth=2, heads=3)
