@@ -21,6 +21,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
+def _link(paper: str) -> str:
+    if paper.startswith("https://"):
+        return f"[{paper.removeprefix('https://')}]({paper})"
+    if paper.startswith("10."):
+        return f"[doi {paper}](https://doi.org/{paper})"
+    return f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
+
+
 def methods() -> str:
     """Every method with its paper and its options."""
     parts = []
@@ -30,7 +38,7 @@ def methods() -> str:
             if method.family == family:
                 parts += [
                     f"### `{name}`\n",
-                    f"*{method.title}*, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}).\n",
+                    f"*{method.title}*, {_link(method.paper)}.\n",
                 ]
                 if not method.step:
                     target = f"{method.package}.{method.target.replace(':', '.')}"
