@@ -22,8 +22,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _link(paper: str) -> str:
-    if paper.startswith("https://"):
-        return f"[{paper.removeprefix('https://')}]({paper})"
+    if paper[0].isalpha() and "." in paper.split("/")[0]:
+        return f"[{paper}](https://{paper})"
     if paper.startswith("10."):
         return f"[doi {paper}](https://doi.org/{paper})"
     return f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
