@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..measure.cost import time_interleaved
 from ..measure.flops import flops
-from ..measure.images import Images, logits_of, read_images
+from ..measure.images import Images, logits_of
 from ..measure.stats import share_change
 from ..models.sites import find_sites
 from ..models.vision import ConvNet
@@ -23,6 +23,7 @@ from ..weights.gradual import magnitude_masks, train_sparse
 from ..weights.sparse_conv import fold_batchnorm, sparsify_convs
 from . import CLAIMS
 from .base import ClaimResult
+from .pictures import small_pictures
 
 NAME = "sparse-convnet-frontier"
 SPARSITY, LEARNING_RATE, BATCH_SIZE = 0.85, 0.05, 64
@@ -41,7 +42,7 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
     started = time.monotonic()
     wide = width or (32 if quick else 48)
     seeds = list(range(seed, seed + (1 if quick else 3)))
-    training, test = _images(2500 if quick else 5000, 4000 if quick else 10000)
+    training, test = small_pictures(2500 if quick else 5000, 4000 if quick else 10000)
     epochs = 2 if quick else 4
     shape = {"in_channels": training.pixels.shape[1], "image_size": training.pixels.shape[-1]}
     x = test.pixels[:TIMED]
@@ -110,13 +111,6 @@ def run(*, quick: bool, seed: int = 0, width: int | None = None) -> ClaimResult:
             "verdict": "95 % interval of the change over the test images of all seeds lies above 0",
         },
     )
-
-
-def _images(count: int, num_test: int) -> tuple[Images, Images]:
-    try:
-        return read_images("fashion_mnist", "train", limit=count), read_images("fashion_mnist", "test", limit=num_test)
-    except FileNotFoundError:
-        return read_images("digits", "train"), read_images("digits", "test")
 
 
 def _fast(model: nn.Module) -> nn.Module:
