@@ -43,7 +43,7 @@ def test_equal_time_gives_the_dense_network_the_doubt():
 
 
 def test_verdicts_follow_from_the_intervals(monkeypatch):
-    monkeypatch.setattr(claim, "_images", lambda count, tests: (bright(192, 0), bright(96, 1)))
+    monkeypatch.setattr(claim, "small_pictures", lambda count, tests: (bright(192, 0), bright(96, 1)))
     result = claim.run(quick=True, width=8)
     measured = result.measured
     assert result.holds == all(measured["verdicts"].values())
