@@ -1,11 +1,12 @@
 """Claims on dictionaries: what they share, and each of them on a tiny model whose verdict follows from its figures."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 
-from paucity.claims import CLAIMS, dictionaries
+from paucity.claims import CLAIMS, dark_matter_linear, dictionaries
 from paucity.claims.base import ClaimResult
 from paucity.claims.dictionaries import LENGTH, Embedded, Sizes
 from paucity.dictionary.topk import TopK
@@ -76,3 +77,15 @@ def test_claims_run(tiny, name):
     assert (result.claim, result.paper, result.statement) == (name, CLAIMS[name].paper, CLAIMS[name].statement)
     assert result.settings["model"] == "tiny"
     assert result.settings["k"] == 4 or name == "top-afa-no-k"
+
+
+def test_errors_are_fit_and_tested_on_halves_of_a_text_that_no_dictionary_has_seen(tiny, monkeypatch):
+    halves = []
+    real = dark_matter_linear.dark_matter
+    monkeypatch.setattr(dark_matter_linear, "dark_matter", lambda sae, *two: halves.append(two) or real(sae, *two))
+    result = dark_matter_linear.run(quick=True, seed=0)
+    held_out = Embedded("t", replace(TINY, held_out_tokens=2 * TINY.held_out_tokens), seed=0).held_out
+    assert result.settings["held_out_tokens"] == 2 * TINY.held_out_tokens
+    for two in halves:
+        assert torch.equal(torch.cat(two).sort(0).values, held_out.sort(0).values)
+        assert not torch.equal(torch.cat(two), held_out)

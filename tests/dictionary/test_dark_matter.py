@@ -54,6 +54,7 @@ def test_figures_are_those_of_loops():
         assert found.r2_by_dim[i] == pytest.approx(1 - left / away)
         missed, deviations = missed + left, deviations + away
     assert found.r2 == pytest.approx(1 - missed / deviations)
+    assert found.mean_r2 == pytest.approx(sum(found.r2_by_dim.tolist()) / 4)
     assert found.num_tokens == 50
 
 

@@ -2,14 +2,13 @@
 
 Paper: Engels et al. 2024, https://arxiv.org/abs/2410.14670, Sections 3 to 5. With ``e = x - x_hat``, least squares
 ``x -> e`` (with an intercept) on one split of the tokens gives the *linear error* ``x W + b`` of other tokens, and
-``e - (x W + b)`` is the *nonlinear error*. Three figures, all on tokens that the fit has not seen: the R^2 of the
-errors (one minus squared residuals over squared deviations from the mean, summed over all dimensions, and for each of
-them), and the R^2 of the squared norm ``|e|^2`` from ``x``, likewise by least squares. A norm that is linear in ``x``
-says that how badly a token is kept is known before any code is found.
+``e - (x W + b)`` is the *nonlinear error*. All figures are of tokens that the fit has not seen: the R^2 of the
+errors (one minus squared residuals over squared deviations from the mean, summed over all dimensions), the same for
+each dimension with their mean, and the R^2 of the squared norm ``|e|^2`` from ``x``, likewise by least squares. A norm
+that is linear in ``x`` says that how badly a token is kept is known before any code is found.
 
 Not implemented: errors of larger dictionaries from those of smaller ones, autoencoders trained on either part, and the
-split by earlier layers. The paper takes R^2 as a mean over dimensions weighted by variance, which is the sum taken
-here.
+split by earlier layers. The official code reports the plain mean over dimensions, and fits without an intercept.
 """
 
 from collections.abc import Callable
@@ -51,6 +50,11 @@ class DarkMatter:
     norm_weight: Tensor
     norm_bias: float
 
+    @property
+    def mean_r2(self) -> float:
+        """Mean of ``r2_by_dim`` over the dimensions that have an error, each with the same weight."""
+        return float(self.r2_by_dim.nanmean())
+
     def linear_error(self, x: Tensor) -> Tensor:
         """The linear error ``[..., d]`` of activations ``[..., d]``."""
         return x @ self.weight.to(x) + self.bias.to(x)
@@ -68,8 +72,9 @@ def dark_matter(
 
     Args:
         dictionary: whose reconstructions ``dictionary(x)`` have the width of ``x``.
-        fit: activations ``[n, d]`` with ``n > d + 1``, finite; better ten times as many.
-        test: activations ``[m, d]`` of other tokens.
+        fit: activations ``[n, d]`` with ``n > d + 1``, finite; better ten times as many, and none that the dictionary
+            was trained on: what it has seen it errs on in another way.
+        test: activations ``[m, d]`` of other tokens of the same kind.
         rows: that are encoded at once.
 
     Raises:
