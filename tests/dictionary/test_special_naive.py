@@ -98,13 +98,23 @@ def test_feature_choice(exponent):
         rows = [row for row in best(u[:, atom].tolist(), shares[rank]) if u[row, atom] > 0]
         kept[rows, atom] = True
         if rows:
-            lowest[atom] = min(u[row, atom] for row in rows)
+            left = [max(0.0, float(u[row, atom].detach())) for row in range(16) if row not in rows]
+            lowest[atom] = (min(u[row, atom] for row in rows) + max(left, default=0.0)) / 2
     assert sae.rule.train_codes(sae, batch).codes.to_dense().ne(0).equal(kept)
     sae = make(FeatureChoice(3, exponent=exponent, margin=0.0))
     check_gradients(sae, batch, lambda s, b: dense_loss(s, b, pre(s, b.x).relu() * kept))
     after = pre(sae, batch_of(seed=5).x)
     found = sae.encode(batch_of(seed=5).x).to_dense()
     torch.testing.assert_close(found, (after * (after > lowest)).relu())
+
+
+def test_feature_choice_keeps_its_budget_on_single_rows():
+    """With a share of about two entries, thresholds at the lowest value taken would leave a quarter of the budget."""
+    sae = make(FeatureChoice(4, rate=0.02), dict_size=64)
+    for step in range(200):
+        sae.rule.train_codes(sae, batch_of(n=32, dict_size=64, seed=step, step=step))
+    entries = sae.encode(batch_of(n=8192, dict_size=64, seed=999).x).l0().double().mean()
+    assert float(entries) == pytest.approx(4, rel=0.06)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])

@@ -1,6 +1,8 @@
 """Claim: with signed codes one atom serves both directions of an axis, and reconstructs better at equal sparsity.
 
 Paper: Zhu, Khalili and Zhu 2025, https://arxiv.org/abs/2510.00404, on four language models against TopK and JumpReLU.
+The authors' code (https://github.com/xzAscC/sae, later GoXzascc/AbsTopK-SAE) has no bias in the encoder, standardises
+rows, and chooses over a batch in both: none of this is done here.
 """
 
 import time

@@ -5,7 +5,8 @@ to feature i, equally or by a Zipf law over their ranks; feature i is kept on it
 without tokens, and a token has as many features as choose it. With aux_zipf_loss (see `paucity.dictionary.usage`).
 Which feature has which rank, the exponent, and how a row is encoded for itself are not known to us, and no code is
 public. Here ranks are those of the running count of entries that a feature would get if the batch were free (Mutual
-choice), and after training a feature fires above its own threshold, the running mean of the lowest value that it took.
+choice), and after training a feature fires above its own threshold, the running mean of what lies halfway between the
+lowest value that it took and the highest that it left: above the lowest alone it would fire half a time less a batch.
 """
 
 from typing import Any
@@ -89,16 +90,17 @@ class FeatureChoice(Rule):
         shares = torch.empty(dict_size, dtype=torch.int64, device=pre.device)
         ranks = self.wanted.argsort(descending=True, stable=True)
         shares[ranks] = feature_shares(self.k * n, dict_size, n, self.exponent).to(pre.device)
-        mask, lowest = torch.zeros_like(pre.mT), self.threshold.clone()
+        mask, ends = torch.zeros_like(pre.mT), self.threshold.clone()
         octaves = shares.log2().floor()
         for octave in sorted(set(octaves.tolist())):  # atoms of about the same share are ranked together
             atoms = (octaves == octave).nonzero().squeeze(-1)
-            values, rows = topk(pre[:, atoms].mT.contiguous(), int(shares[atoms].max()))
+            values, rows = topk(pre[:, atoms].mT.contiguous(), min(n, int(shares[atoms].max()) + 1))
             kept = (torch.arange(values.shape[1], device=pre.device) < shares[atoms, None]) & (values > 0)
             mask[atoms] = torch.zeros_like(mask[atoms]).scatter_(1, rows.long(), kept.to(mask.dtype))
-            ends = values.where(kept, torch.inf).min(1).values
-            lowest[atoms] = ends.where(ends.isfinite(), lowest[atoms])
-        self.threshold.lerp_(lowest, self.usage.weight)
+            lowest = values.where(kept, torch.inf).min(1).values
+            next_one = values.masked_fill(kept, 0).clamp_min(0).max(1).values
+            ends[atoms] = ((lowest + next_one) / 2).where(kept.any(1), ends[atoms])
+        self.threshold.lerp_(ends, self.usage.weight)
         return mask.mT.contiguous()
 
     def neglected(self, sae: SparseAutoencoder, batch: Batch) -> Tensor:
