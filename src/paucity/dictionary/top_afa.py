@@ -4,8 +4,9 @@ Paper: Lee et al. 2025, https://arxiv.org/abs/2503.24277: atoms of norm 1, nearl
 ``|x - b|`` (approximate feature activation), so each row keeps its highest ``k = argmin_j | sqrt(sum of the j highest
 (z |d|)^2) - |x - b| |`` and there is no k to set; the loss gets ``weight * mean((|z| - |x|)^2)``, weight 1/128 to 1/16.
 As in the authors' code the error is per dimension, so beside ours, which is summed over the width, this is too. Other
-than there the encoder has a bias, rows are not standardised one by one, and the loss matches the norm that the
-selection does, ``|x - b|``, without gradient to ``b``.
+than there the encoder has a bias and starts at norm 1 (there at ``sqrt(2 width / atoms)``), rows are not standardised
+one by one, and the loss matches the norm that the selection does, ``|x - b|``, without gradient to ``b``. There ``b``
+starts at 0; where activations have a large mean, one atom then takes it and hardly any other is chosen.
 """
 
 from typing import Any
