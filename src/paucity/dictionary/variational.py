@@ -4,10 +4,10 @@ Paper: Baker and Li 2025, https://arxiv.org/abs/2509.22994: ``z = mu + sigma * n
 b_enc)``; the k of largest ``|z|`` are kept, and the loss gets ``kl * KL(N(mu, sigma^2) | N(0, 1))``, summed over all
 atoms, whose weight rises over the first tenth of the training. ``sigma`` is fixed, or learned by an encoder of its own.
 Encoding takes ``mu``. The paper's finding is negative: many more dead atoms than TopK has, and worse reconstruction.
-Elsewhere the authors fix ``sigma`` at 1, and code of such models takes ``mu`` itself then (`deviation` 0). Their
-atoms are not held at norm 1, so that small codes escape the divergence, whose weight is 0.5 or 1; here atoms are, and
-it is a factor on nats where the error is summed over the width. Beside noise of 1 an atom's value has to be well above 1 to be chosen for what it is; activations of the norm
-``sqrt(width)`` hardly give that, and little is reconstructed.
+Elsewhere the authors fix ``sigma`` at 1, and code of such models takes ``mu`` itself then (`deviation` 0). Their atoms
+are not held at norm 1, so that small codes escape the divergence, whose weight is 0.5 or 1; here atoms are, and it is a
+factor on nats where the error is summed over the width. Beside noise of 1 an atom's value has to be well above 1 to be
+chosen for what it is; activations of the norm ``sqrt(width)`` hardly give that, and little is reconstructed.
 """
 
 from typing import Any
