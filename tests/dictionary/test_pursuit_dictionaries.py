@@ -11,6 +11,7 @@ from paucity.dictionary.archetypal import Archetypal, kmeans_centroids
 from paucity.dictionary.base import Batch
 from paucity.dictionary.itda import ITDA, origin_similarity
 from paucity.dictionary.matching_pursuit import MatchingPursuit
+from paucity.dictionary.saelens import _as_saelens
 
 
 def sparse_data(n=600, d=16, m=24, active=2, seed=7):
@@ -76,6 +77,28 @@ def test_mp_sae_gradient_leaves_norms_alone():
     assert (sae.decoder.grad * sae.decoder).sum(1).abs().max() < 1e-4
     assert sae.decoder.grad.abs().max() > 0
     assert sae.decoder_bias.grad.abs().max() > 0
+
+
+def test_mp_sae_with_free_norms_codes_and_learns():
+    x, _ = sparse_data(300)
+    sae = MatchingPursuit(16, 24, k=3, centre=False, unit=False, seed=1)
+    with torch.no_grad():
+        sae.decoder.mul_(torch.linspace(0.6, 1.2, 24).unsqueeze(1))
+    codes = sae.encode(x)
+    chosen = (x @ sae.decoder.T).argmax(1)
+    assert torch.equal(codes.indices[:, 0].long(), chosen)
+    torch.testing.assert_close(codes.values[:, 0], (x * sae.decoder[chosen]).sum(1))
+    sae.objective(batch(x, sae)).loss.backward()
+    sae.before_step()
+    assert (sae.decoder.grad * sae.decoder).sum(1).abs().max() > 1e-3
+    sae.fit(x, num_tokens=30_000, batch_size=100, learning_rate=1e-2)
+    assert (sae.decoder.norm(dim=1) - 1).abs().max() > 1e-3
+    assert float((sae(x) - x).detach().square().mean()) < 0.5 * float(x.square().mean())
+    with pytest.raises(InputError, match="SAELens has"):
+        _as_saelens(sae)
+    sae.unit = True
+    with pytest.raises(InputError, match="atoms must have norm 1"):
+        sae.encode(x)
 
 
 def test_itda_holds_activations_and_explains_what_it_saw():

@@ -87,6 +87,21 @@ def test_more_steps_never_increase_the_error(twin, signed):
     assert torch.equal(shorter.indices, codes.indices[:, :7])
 
 
+def test_atoms_of_any_norm_where_they_are_asked_for(twin):
+    x, atoms = draw(40, 60, 16)
+    atoms = atoms * torch.linspace(0.5, 1.3, 60).unsqueeze(1)
+    values, indices, gap = naive(x, atoms, 4, False, 0.0, False)
+    assert gap > 1e-5, "the draw has a tie"
+    for codes in (
+        matching_pursuit(x.to(twin.device), atoms.to(twin.device), 4, unit=False),
+        by_the_residual(x, atoms, 4, unit=False),
+    ):
+        assert torch.equal(codes.indices.cpu().long(), indices)
+        torch.testing.assert_close(codes.values.cpu().double(), values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="atoms must have norm 1"):
+        matching_pursuit(x.to(twin.device), atoms.to(twin.device), 4)
+
+
 def test_rows_are_coded_for_themselves(twin):
     x, atoms = draw(40, 60, 16)
     x, atoms = x.to(twin.device), atoms.to(twin.device)

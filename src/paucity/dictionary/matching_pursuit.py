@@ -6,6 +6,10 @@ unit atom of the largest positive product with the residual, ``j = argmax_i d_i 
 no gradient, values have, through all earlier steps. More steps never make the error larger, and the number of steps can
 be changed after training.
 
+The authors' code for the tree of Section 5 starts from atoms of norm 1 but does not keep them there: ``unit=False``.
+They end at norm 1 by themselves where few steps code a row, and more of them end on the true ones; held at norm 1 they
+stay in minima where a row takes many small steps. An atom whose squared norm is 2 or more makes the error larger.
+
 The loss is the squared error alone, as in the paper: silent atoms are not revived.
 """
 
@@ -22,7 +26,7 @@ from .base import Batch, Dictionary, Objective
 
 
 class MatchingPursuit(Dictionary):
-    """Unit atoms and an offset; codes by matching pursuit.
+    """Atoms, of norm 1 unless asked otherwise, and an offset; codes by matching pursuit.
 
     Args:
         input_size: width of an activation.
@@ -31,11 +35,12 @@ class MatchingPursuit(Dictionary):
         tolerance: a row ends after a step that leaves a residual of a smaller norm; in the unit of the activations.
         stop_on_repeat: a row ends after a step that takes an atom again.
         centre: whether there is an offset, which is taken off first; the paper's experiments on a tree have none.
+        unit: keep atoms at norm 1.
         signed: choose by absolute product, so that codes have either sign (an extension: the paper's are positive).
         seed: of the initial atoms.
 
     Attributes:
-        decoder: ``[dict_size, input_size]``, rows of norm 1.
+        decoder: ``[dict_size, input_size]``, rows of norm 1 if ``unit``.
         decoder_bias: ``[input_size]``, or None.
     """
 
@@ -48,6 +53,7 @@ class MatchingPursuit(Dictionary):
         tolerance: float = 0.0,
         stop_on_repeat: bool = False,
         centre: bool = True,
+        unit: bool = True,
         signed: bool = False,
         seed: int = 0,
     ) -> None:
@@ -57,13 +63,13 @@ class MatchingPursuit(Dictionary):
         self.k, self.tolerance, self.stop_on_repeat, self.signed, self.seed = k, tolerance, stop_on_repeat, signed, seed
         generator = torch.Generator().manual_seed(seed)
         self.decoder = nn.Parameter(F.normalize(torch.randn(dict_size, input_size, generator=generator), dim=1))
-        self.centre = centre
+        self.centre, self.unit = centre, unit
         self.decoder_bias = nn.Parameter(torch.zeros(input_size)) if centre else None
         self._products: tuple[tuple[int, int], Tensor | None] | None = None
 
     @property
     def atoms(self) -> Tensor:
-        """``[dict_size, input_size]``, rows of norm 1."""
+        """``[dict_size, input_size]``, rows of norm 1 if ``unit``."""
         return self.decoder
 
     @property
@@ -77,8 +83,10 @@ class MatchingPursuit(Dictionary):
         x = x.to(self.decoder.dtype)
         x = x if self.decoder_bias is None else x - self.decoder_bias
         held = None if self.training else self._held()
-        stops: dict[str, Any] = {"tolerance": self.tolerance, "stop_on_repeat": self.stop_on_repeat}
-        return matching_pursuit(x, self.decoder, self.k, signed=self.signed, products=held, **stops)
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("tolerance", "stop_on_repeat", "unit", "signed")
+        }
+        return matching_pursuit(x, self.decoder, self.k, products=held, **options)
 
     def _held(self) -> Tensor | None:
         state = (self.decoder.data_ptr(), self.decoder._version)
@@ -95,15 +103,16 @@ class MatchingPursuit(Dictionary):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Take from the atoms' gradients what would only change their norm."""
-        if self.decoder.grad is not None:
+        """Take from the gradients of atoms that keep their norm what would only change it."""
+        if self.unit and self.decoder.grad is not None:
             along = (self.decoder.grad * self.decoder).sum(1, keepdim=True)
             self.decoder.grad -= along * self.decoder
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Atoms of norm 1."""
-        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny))
+        """Atoms of norm 1, if they are kept there."""
+        if self.unit:
+            self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).tiny))
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -120,5 +129,5 @@ class MatchingPursuit(Dictionary):
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""
-        names = ("input_size", "dict_size", "k", "tolerance", "stop_on_repeat", "centre", "signed", "seed")
+        names = ("input_size", "dict_size", "k", "tolerance", "stop_on_repeat", "centre", "unit", "signed", "seed")
         return {name: getattr(self, name) for name in names}

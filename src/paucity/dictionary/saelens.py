@@ -146,7 +146,7 @@ def save_saelens(
 
 def _as_saelens(dictionary: Dictionary) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Architecture, tensors by their name in SAELens, and what the configuration says about them."""
-    if isinstance(dictionary, MatchingPursuit) and not dictionary.signed:
+    if isinstance(dictionary, MatchingPursuit) and dictionary.unit and not dictionary.signed:
         options: dict[str, Any] = {"apply_b_dec_to_input": True, "max_iterations": dictionary.k}
         options |= {"residual_threshold": dictionary.tolerance, "stop_on_duplicate_support": dictionary.stop_on_repeat}
         atoms, bias = dictionary.decoder, dictionary.decoder_bias

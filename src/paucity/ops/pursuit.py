@@ -21,6 +21,7 @@ def matching_pursuit(
     signed: bool = False,
     tolerance: float = 0.0,
     stop_on_repeat: bool = False,
+    unit: bool = True,
 ) -> Codes:
     """Codes by matching pursuit: the atom with the largest product with the residual, ``k`` times.
 
@@ -34,6 +35,8 @@ def matching_pursuit(
         signed: choose by absolute product; else a row ends where no product is positive.
         tolerance: a row ends after a step that leaves a residual of a smaller norm.
         stop_on_repeat: a row ends after a step that takes an atom again.
+        unit: refuse atoms that do not have norm 1. With others the value is still the product, so that a step lowers
+            the error only where its atom's squared norm is below 2.
 
     Returns:
         Codes ``[..., k]`` in the order of the choices (indices int32); slots after a row's end have value 0.
@@ -42,7 +45,7 @@ def matching_pursuit(
         InputError: if shapes do not fit, atoms do not have norm 1, or a number is out of range.
         InputTypeError: if a dtype does not fit.
     """
-    check_pursuit("matching_pursuit", x, atoms, k, tolerance)
+    check_pursuit("matching_pursuit", x, atoms, k, tolerance, unit)
     rows = x.reshape(-1, x.shape[-1])
     values, indices, _ = pursue(rows, atoms, k, signed, tolerance, stop_on_repeat)
     shape = (*x.shape[:-1], k)
@@ -135,8 +138,8 @@ def orthogonal_matching_pursuit(x: Tensor, atoms: Tensor, k: int, *, tolerance: 
     return Codes(values.to(x.dtype).view(shape), indices.view(shape), len(atoms))
 
 
-def check_pursuit(function: str, x: Tensor, atoms: Tensor, k: int, tolerance: float) -> None:
-    """Raise unless ``x [..., d]`` can be coded in ``k`` steps with ``atoms [dict_size, d]`` of norm 1."""
+def check_pursuit(function: str, x: Tensor, atoms: Tensor, k: int, tolerance: float, unit: bool = True) -> None:
+    """Raise unless ``x [..., d]`` can be coded in ``k`` steps with ``atoms [dict_size, d]``, of norm 1 if ``unit``."""
     check_floating(function, "x", x)
     if x.ndim == 0:
         raise fail(function, "x", "have at least 1 dimension", "a scalar")
@@ -146,6 +149,8 @@ def check_pursuit(function: str, x: Tensor, atoms: Tensor, k: int, tolerance: fl
         raise InputTypeError(f"{function}: atoms must be {x.dtype} like x, got {atoms.dtype}.")
     check_int(function, "k", k)
     check_range(function, "tolerance", tolerance, 0)
+    if not unit:
+        return
     norms = atoms.detach().norm(dim=1, dtype=torch.promote_types(atoms.dtype, torch.float32))
     slack = 0.02 if atoms.element_size() == 2 else 1e-3
     low, high = (float(end) for end in norms.aminmax())

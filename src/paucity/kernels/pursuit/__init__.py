@@ -20,6 +20,7 @@ def matching_pursuit(
     signed: bool = False,
     tolerance: float = 0.0,
     stop_on_repeat: bool = False,
+    unit: bool = True,
     products: Tensor | None = None,
 ) -> Codes:
     """As `paucity.ops.pursuit.matching_pursuit`, in less time and memory.
@@ -29,17 +30,18 @@ def matching_pursuit(
 
     Args:
         x: ``[..., d]``.
-        atoms: ``[dict_size, d]``, rows of norm 1, the dtype of ``x``.
+        atoms: ``[dict_size, d]``, the dtype of ``x``; rows of norm 1 if ``unit``.
         k: steps.
         signed: choose by absolute product.
         tolerance: a row ends after a step that leaves a residual of a smaller norm.
         stop_on_repeat: a row ends after a step that takes an atom again.
+        unit: refuse atoms that do not have norm 1.
         products: ``[dict_size, dict_size]``, `atom_products` of the same atoms, where many batches are coded with them;
             no gradient flows to it.
     """
     name = "matching_pursuit"
     check_computable(name, "x", x)
-    check_pursuit(name, x, atoms, k, tolerance)
+    check_pursuit(name, x, atoms, k, tolerance, unit)
     check_devices(name, x.device, atoms=atoms, products=products)
     if products is not None:
         check_shape(name, "products", products, len(atoms), len(atoms))
