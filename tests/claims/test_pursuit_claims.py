@@ -6,10 +6,13 @@ import struct
 import pytest
 import torch
 
+from paucity.claims import itda_model_similarity
 from paucity.claims.itda_model_similarity import linear_cka, relative_similarity, svcca
 from paucity.claims.mp_sae_hierarchical import LONE, PARENTS, WIDTH, Tree, _measure
 from paucity.claims.natural_images import atoms_png, orientation, whitened_patches
 from paucity.dictionary.matching_pursuit import MatchingPursuit
+
+INDICES = ("itda", "itda_official_threshold", "cka", "svcca", "relative")
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.3])
@@ -51,6 +54,21 @@ def test_indices_of_similarity_know_a_rotation():
     for index in (linear_cka, svcca, lambda a, b: relative_similarity(a, b, seed=0)):
         assert index(x, x @ turn) == pytest.approx(1, abs=1e-3)
         assert index(x, other) < 0.5
+
+
+def test_every_index_finds_the_layers_of_a_model_in_itself(monkeypatch):
+    monkeypatch.setattr(itda_model_similarity, "LAYERS", 3)
+    monkeypatch.setattr(itda_model_similarity, "ANCHORS", 50)
+    monkeypatch.setattr(itda_model_similarity, "held_out_python", lambda: "def f(x):\n    return x + 1\n" * 80)
+    monkeypatch.setattr(
+        itda_model_similarity, "python_documents", lambda **_: [f"def f{i}(x):\n    return {i}\n" for i in range(200)]
+    )
+    trained = itda_model_similarity._trained
+    monkeypatch.setattr(itda_model_similarity, "_trained", lambda text, steps, seed: trained(text, 2, 0))
+    result = itda_model_similarity.run(quick=True)
+    assert result.measured["layers_found"] == dict.fromkeys(INDICES, 1.0)
+    assert not result.holds  # not more than any other
+    assert all(1 <= count <= 16 * 64 for each in result.measured["atoms"] for count in each)
 
 
 def test_patches_are_white():
