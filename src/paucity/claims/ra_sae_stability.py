@@ -19,7 +19,8 @@ from .base import ClaimResult
 NAME = "ra-sae-stability"
 CENTROIDS = 2
 MORE_ERROR = 0.05
-RATE = 3e-3
+RATE = 1e-2
+"""Of RA-SAE; with it, as with `dictionaries.LEARNING_RATE` for TopK, errors were least of those that were tried."""
 
 
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
@@ -29,19 +30,24 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     It holds if every two RA-SAEs of either kind are more alike (mean cosine of a Hungarian match) than any two TopK
     are, and RA-SAE with shared centroids leaves at most ``MORE_ERROR`` of the variance more than TopK does.
 
+    The mean of the activations is taken off for both. TopK has an offset, which in the official code it has not, and
+    RA-SAE has none: what is common to all activations would cost it entries, and make any two of its atoms alike.
+
     Args:
         quick: less data, smaller dictionaries.
         seed: of the first draw; the others follow.
     """
     started = time.monotonic()
     sizes = dictionaries.Sizes(
-        text_tokens=65_536, held_out_tokens=16_384, num_tokens=196_608, batch_size=512, dict_size=512
+        text_tokens=65_536, held_out_tokens=16_384, num_tokens=393_216, batch_size=512, dict_size=512
     )
     if quick:
         sizes = dictionaries.Sizes(
             text_tokens=8_192, held_out_tokens=4_096, num_tokens=32_768, batch_size=512, dict_size=128, k=8, seeds=2
         )
     job = dictionaries.Embedded(NAME, sizes, seed=seed)
+    mean = job.activations.mean(0)
+    job.activations, job.held_out = job.activations - mean, job.held_out - mean
     count = CENTROIDS * sizes.dict_size
     shared = kmeans_centroids(job.activations, count, seed=seed)
     atoms: dict[str, list[Tensor]] = {"topk": [], "shared": [], "own": []}
@@ -64,7 +70,7 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
             atoms[name].append(one.atoms.detach())
             fvu[name].append(job.kept(one).fvu)
     alike = {name: _alike(each) for name, each in atoms.items()}
-    mean = {name: sum(each) / len(each) for name, each in fvu.items()}
+    error = {name: sum(each) / len(each) for name, each in fvu.items()}
     measured: dict[str, Any] = {"stability": alike, "fvu": fvu}
     return ClaimResult(
         claim=NAME,
@@ -72,7 +78,8 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
         statement=CLAIMS[NAME].statement,
         paper_figure={"direction": "RA-SAE far more stable than TopK on all models, at about its reconstruction"},
         measured=measured,
-        holds=min(alike["shared"] + alike["own"]) > max(alike["topk"]) and mean["shared"] <= mean["topk"] + MORE_ERROR,
+        holds=min(alike["shared"] + alike["own"]) > max(alike["topk"])
+        and error["shared"] <= error["topk"] + MORE_ERROR,
         seconds=time.monotonic() - started,
         seed=seed,
         settings=job.settings()
