@@ -33,9 +33,11 @@ from ..models.harvest import find_hook, harvest, num_heads
 from ..models.load import Loaded, load
 from . import CLAIMS
 from .base import ClaimResult
+from .dictionaries import LEARNING_RATE
 
 NAME = "attention-heads-polysemantic"
 FEATURES, EXAMPLES, NEAR, LENGTH, K = 10, 20, 8, 256, 16
+BATCH_SIZE = 512
 UNCLEAR = "unclear"
 SHARE = 0.9
 """The paper's: at least 90 % of the heads."""
@@ -157,6 +159,8 @@ class _Job:
             "text_tokens": sum(map(Tensor.numel, items)),
             "held_out_tokens": sum(map(Tensor.numel, self.texts)),
             "dict_size": self.dict_size,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
             "k": K,
             "features": FEATURES,
             "examples": EXAMPLES,
@@ -168,7 +172,11 @@ class _Job:
         width = rows.shape[1]
         sae = SparseAutoencoder(width, self.dict_size, TopK(K), silent_after=self.num_tokens // 8, seed=seed)
         trained = train(
-            sae, TensorSource(rows, seed=seed), num_tokens=self.num_tokens, batch_size=1024, learning_rate=1e-3
+            sae,
+            TensorSource(rows, seed=seed),
+            num_tokens=self.num_tokens,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
         )
         z, patterns, values = self.seen[layer]
         with torch.no_grad():
