@@ -1,6 +1,7 @@
 """Benchmarks: the rows keep their contract, and every one can be found."""
 
 import importlib
+import sys
 import time
 
 import pytest
@@ -61,6 +62,18 @@ SMALL = {
     },
     "packed": {"PROMPT": 8, "TOKENS": 2, "REPEATS": 1, "_compiled": lambda dense, ids: None},
     "select": {"SHAPES": {"statistical": (4, 256, 13), "topk": (4, 256, 5), "topk_long": (1, 512, 7)}},
+    "dictionary": {
+        "WIDTH": 32,
+        "ATOMS": 64,
+        "K": 4,
+        "BATCH": 32,
+        "ROWS": 8,
+        "STEPS": 2,
+        "LENGTH": 2,
+        "HOOK": "residual.0",
+        "SWEEP_K": (2, 4),
+        "SWEEP_SIZES": (32, 64),
+    },
     "codes": {"TOKENS": 8, "DICT_SIZE": 64, "DIM": 16, "K": 4},
     "spmm": {"CHANNELS": 16, "SIZE": 6},
     "prefill": {
@@ -176,3 +189,36 @@ def test_the_machine_is_measured(monkeypatch):
     assert three == pytest.approx(3)
     machine.arithmetic.cache_clear()
     machine.bandwidth.cache_clear()
+
+
+PEER = """
+import json, sys, time
+job = json.loads(sys.argv[1])
+assert job["who"] in ("saelens", "overcomplete")
+assert job["what"] in ("step", "encode", "pursuit")
+for line in sys.stdin:
+    seconds = 90 if job["who"] == "saelens" or job["autocast"] else 60
+    print("a line of a library", json.dumps({"seconds": seconds}), sep="\\n", flush=True)
+"""
+
+
+def test_dictionaries_take_turns_with_peers_in_their_own_processes(small, monkeypatch, tmp_path):
+    (tmp_path / "peer.py").write_text(PEER)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/peer.py "$3"\n')
+    python.chmod(0o755)
+    sweeps = {"dictionary.sweep4", "dictionary.sweep4_at_hand", "dictionary.sweep4_sizes"}
+    assert {row.bench for row in run_bench("dictionary")} == sweeps  # no peer is here
+    monkeypatch.setenv("PAUCITY_SAELENS_PYTHON", str(python))
+    rows = {row.bench: row for row in run_bench("dictionary")}
+    assert set(rows) - sweeps == {
+        f"dictionary.{name}" for name in ("topk_step", "topk_step_autocast", "encode", "mp_encode")
+    }
+    step = rows["dictionary.topk_step"]
+    assert step.baseline.startswith("overcomplete, peak ")
+    assert step.baseline_seconds == 60
+    assert "SAELens 90.00 s" in step.size
+    assert 0 < step.seconds < 60
+    python.write_text("#!/bin/sh\necho 'no such library' >&2; exit 3\n")
+    with pytest.raises(RuntimeError, match="exit status 3: no such library"):
+        run_bench("dictionary")

@@ -80,11 +80,13 @@ SHARED_FILES = {
     "trainer",
     "wrapped",
     "build",
+    "checkpoint",
     "job",
     "ioi_task",
     "judge",
     "live",
     "mixing",
+    "parallel",
 }
 SHARED_PACKAGES = {"cache", "shared_llm", "speculation", "structured"}
 

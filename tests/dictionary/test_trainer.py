@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from paucity.checks import InputError, InputTypeError
-from paucity.dictionary import trainer
+from paucity.dictionary import checkpoint
 from paucity.dictionary.batch_topk import BatchTopK
 from paucity.dictionary.jumprelu import JumpReLU
 from paucity.dictionary.sae import SparseAutoencoder
@@ -79,7 +79,7 @@ def test_a_training_that_is_done_is_read_back(tmp_path):
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
-    write, times = trainer.save_file, []
+    write, times = checkpoint.save_file, []
 
     def failing(tensors, path, metadata):
         times.append(path)
@@ -90,7 +90,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
 
     whole, after = make(), make()
     train(whole, data(), **SHORT)
-    monkeypatch.setattr(trainer, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "save_file", failing)
     with pytest.raises(OSError, match="disk full"):
         train(make(), data(), keep=tmp_path, **SHORT)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
@@ -196,3 +196,14 @@ def test_bad_input(tmp_path):
     for other in (make(TopK(3)), make(seed=4), SparseAutoencoder(D, M + 1, TopK(2))):
         with pytest.raises(InputError, match=r"keep must hold a checkpoint of the same training, got another in"):
             train(other, data(), keep=tmp_path, **SHORT)
+
+
+def test_products_in_bfloat16_train_about_as_well():
+    rules = (BatchTopK(2), JumpReLU(), TopK(2))
+    whole, half = ([make(type(rule)(**rule.settings())) for rule in rules] for _ in range(2))
+    expected = train(whole, data(), **SHORT)
+    found = train(half, data(), precision="bfloat16", **SHORT)
+    assert all(value.dtype == torch.float32 for value in states(*half))
+    assert found.history[-1].fvu == pytest.approx(expected.history[-1].fvu, rel=0.1)
+    assert not same(states(*whole[:2]), states(*half[:2]))
+    assert same(states(whole[2]), states(half[2]))  # chosen exactly in either

@@ -11,6 +11,7 @@ BENCHES: dict[str, str] = {
     "codes": "sparse codes times a dictionary, with and without gradients, against embedding_bag and dense products",
     "convnet": "whole ConvNets with sparse 1x1 convolutions against dense ones in their faster layout",
     "decode": "decoding from a long cache with a policy, selection included, against dense attention",
+    "dictionary": "training, encoding and sweeps of dictionaries, against SAELens and overcomplete",
     "evict": "caches cut after a prompt, in quality, time and bytes, against kvpress and the dense model",
     "linear": "sparse-input and packed linears at batch 1 against F.linear",
     "packed": "decoding of a 125 M-parameter Llama with packed 2:4 and 60 % sparse weights, against the dense model",

@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 
-def peak_mb() -> float:
-    """Most memory that this program has held, in MB of 10^6 bytes."""
-    status = Path("/proc/self/status")
+def peak_mb(process: int | str = "self") -> float:
+    """Most memory that this program has held, in MB of 10^6 bytes, or, on Linux alone, another (NaN elsewhere)."""
+    status = Path(f"/proc/{process}/status")
     if status.exists():  # what getrusage says begins at what the parent held
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    if process != "self":
+        return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_int
-from ..kernels.select import topk
 from ..ops.formats import Codes
 from .sae import Rule, SparseAutoencoder
 
@@ -36,8 +35,7 @@ class AbsTopK(Rule):
 
     def encode(self, sae: SparseAutoencoder, x: Tensor) -> Codes:
         """See `Rule.encode`."""
-        _, indices = topk(sae.pre(x), self.k, by_abs=True)
-        return Codes(sae.kept(x, indices), indices, sae.dict_size)
+        return Codes(*sae.best(x, self.k, by_abs=True), sae.dict_size)
 
     def settings(self) -> dict[str, Any]:
         """See `Rule.settings`."""

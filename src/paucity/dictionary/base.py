@@ -56,6 +56,25 @@ class Objective:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """One step, as it is told.
+
+    Attributes:
+        step: steps that are done.
+        total: steps of the training.
+        fvu: of each dictionary, the batch's squared error over its variance.
+        l0: of each, mean entries of a code that are not 0.
+        silent: of each, share of atoms without a code for as many tokens as it allows.
+    """
+
+    step: int
+    total: int
+    fvu: tuple[float, ...]
+    l0: tuple[float, ...]
+    silent: tuple[float, ...]
+
+
 class Dictionary(nn.Module, ABC):
     """Atoms ``[dict_size, output_size]`` and codes over them.
 

@@ -20,13 +20,13 @@ from ..checks import check_int, fail
 from ..measure.tokens import encode, leading_ids
 from ..models.calibration import stacked
 from ..models.sites import find_sites
-from .base import Dictionary
+from .base import Dictionary, Progress
 from .build import accepts, build
 from .cache import cached_source, write_cache
 from .live import Harvester
 from .mixing import MixedSource
 from .sae import SparseAutoencoder
-from .trainer import Progress, Trained, train
+from .trainer import Trained, train
 
 Tell = Callable[[int, int, str], object]
 Count = Annotated[int, Field(ge=1)]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_range, fail
-from ..kernels.codes import decode_codes, encode_kept
-from ..kernels.select import topk
+from ..kernels.codes import decode_codes, encode_kept, encode_topk
 from ..ops.formats import Codes
 from .base import Batch, Dictionary, Objective
 
@@ -152,6 +151,10 @@ class SparseAutoencoder(Dictionary):
         """Pre-activations ``[n, k]`` at ``indices [n, k]``, differentiable."""
         return encode_kept(self.centred(x), self.encoder, self.encoder_bias, indices)
 
+    def best(self, x: Tensor, k: int, *, by_abs: bool = False) -> tuple[Tensor, Tensor]:
+        """The ``k`` highest pre-activations of each row, differentiable, and their indices; both ``[n, k]``."""
+        return encode_topk(self.centred(x), self.encoder, self.encoder_bias, k, by_abs=by_abs)
+
     def encode(self, x: Tensor) -> Codes:
         """See `Dictionary.encode`."""
         self.check_input(x)
@@ -186,10 +189,9 @@ class SparseAutoencoder(Dictionary):
         error = (batch.target - reconstruction).detach()
         which = silent.nonzero().squeeze(-1)
         k = min(self.k_aux, len(which))
-        with torch.no_grad():
-            pre = F.linear(self.centred(batch.x), self.encoder[which], self.encoder_bias[which])
-            indices = which[topk(pre, k, by_abs=self.rule.signed)[1].long()]
-        values = self.kept(batch.x, indices)
+        table, bias = self.encoder[which], self.encoder_bias[which]
+        values, places = encode_topk(self.centred(batch.x), table, bias, k, by_abs=self.rule.signed)
+        indices = which[places.long()]
         values = values if self.rule.signed else values.relu()
         missed = _squared(decode_codes(values, indices, self.decoder) - error)
         return missed * (k / self.k_aux)

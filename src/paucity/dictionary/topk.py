@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_int
-from ..kernels.select import topk
 from ..ops.formats import Codes
 from .sae import Rule, SparseAutoencoder
 
@@ -31,8 +30,8 @@ class TopK(Rule):
 
     def encode(self, sae: SparseAutoencoder, x: Tensor) -> Codes:
         """See `Rule.encode`."""
-        _, indices = topk(sae.pre(x), self.k)
-        return Codes(sae.kept(x, indices).relu(), indices, sae.dict_size)
+        values, indices = sae.best(x, self.k)
+        return Codes(values.relu(), indices, sae.dict_size)
 
     def settings(self) -> dict[str, Any]:
         """See `Rule.settings`."""

@@ -2,25 +2,25 @@
 
 Many share what a batch costs before it reaches a dictionary, the order of the rows above all, so that they are compared
 on equal data. A training that was killed goes on from its last checkpoint with the same batches and the same numbers.
+Where `torch.distributed` is set up, the processes train together (see `train`).
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Adam
 
 from ..checks import check_shape, fail
-from ..folder import replacing
-from .base import Batch, Dictionary, Objective
+from . import parallel
+from .base import Batch, Dictionary, Objective, Progress
+from .checkpoint import resume, save
 from .sources import ActivationSource, Rows, as_source
 
 
@@ -29,7 +29,10 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     num_tokens: int = Field(default=4_000_000, ge=1, description="activations that are seen, each as often as it comes")
-    batch_size: int = Field(default=4096, ge=1, description="activations of a step")
+    batch_size: int = Field(default=4096, ge=1, description="activations of a step, of all processes")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products; weights stay float32"
+    )
     learning_rate: float = Field(default=3e-4, gt=0, description="the highest of the schedule")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of Adam")
     warmup: float = Field(default=0.02, ge=0, le=1, description="share of the steps over which the rate rises")
@@ -38,25 +41,6 @@ class TrainOptions(BaseModel):
     normalise: bool = Field(default=True, description="scale activations so that their mean norm is sqrt(input_size)")
     centre: bool = Field(default=True, description="start the offset at the mean of the activations")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step, as it is told.
-
-    Attributes:
-        step: steps that are done.
-        total: steps of the training.
-        fvu: of each dictionary, the batch's squared error over its variance.
-        l0: of each, mean entries of a code that are not 0.
-        silent: of each, share of atoms without a code for as many tokens as it allows.
-    """
-
-    step: int
-    total: int
-    fvu: tuple[float, ...]
-    l0: tuple[float, ...]
-    silent: tuple[float, ...]
 
 
 @dataclass
@@ -97,6 +81,10 @@ def train(
 ) -> Trained:
     """Train one dictionary in place, or many on the same batches.
 
+    Several processes train the same dictionaries where `torch.distributed` has a group: each calls this with
+    dictionaries of the same settings and a source of its own, from which it takes its part of every batch. Gradients
+    and what rules estimate are averaged; all end with the same dictionaries. The first process writes checkpoints.
+
     Args:
         dictionary: what is trained; all of one ``input_size``.
         activations: ``[n, input_size]`` or a source; finite.
@@ -107,7 +95,7 @@ def train(
 
     Raises:
         InputError: if sizes do not fit, activations or the loss are not finite, or a checkpoint is of other
-            dictionaries.
+            dictionaries, or the batch is not a multiple of the processes.
     """
     started = time.monotonic()
     each = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
@@ -124,15 +112,23 @@ def train(
             raise fail("train", "activations", f"come with targets {wide} wide, like the dictionary's", got)
         if one.needs_gradient and not source.has_gradient:
             raise fail("train", "activations", "come with gradients, which the dictionary needs", "none")
-    job = _Job(each, source, options)
+    if options.batch_size % parallel.size():
+        raise fail("train", "batch_size", f"be a multiple of the {parallel.size()} processes", options.batch_size)
+    job = Training(each, source, options)
     if keep is not None:
-        job.resume(keep)
+        resume(job, keep)
     job.run(keep, on_progress or _silent, started)
     return Trained(job.total * options.batch_size, job.seconds, job.scale, job.history)
 
 
-class _Job:
-    """Dictionaries on their way."""
+class Training:
+    """Dictionaries on their way.
+
+    Args:
+        each: what is trained.
+        source: of the activations.
+        options: how.
+    """
 
     def __init__(self, each: list[Dictionary], source: ActivationSource, options: TrainOptions) -> None:
         self.each, self.source, self.options = each, source, options
@@ -143,35 +139,38 @@ class _Job:
         self.optimizers = [
             Adam(list(one.parameters()), lr=options.learning_rate, betas=options.betas, fused=True) for one in each
         ]
-        sampled = next(source.rows(max(options.batch_size, 1024)))
+        self.part = options.batch_size // parallel.size()
+        parallel.spread([*(value for one in each for value in one.state_dict().values())])
+        sampled = next(source.rows(max(self.part, 1024)))
         first = self._checked(sampled.x)
         if options.normalise:
-            self.scale = math.sqrt(first.shape[1]) / max(float(first.float().norm(dim=1).mean()), 1e-12)
+            norm = parallel.averaged(first.float().norm(dim=1).mean())
+            self.scale = math.sqrt(first.shape[1]) / max(float(norm), 1e-12)
         if options.centre:
             self._centre(first if sampled.target is None else sampled.target)
 
     @torch.no_grad()
     def _centre(self, first: Tensor) -> None:
+        mean = parallel.averaged((first.float() * self.scale).mean(0))
         for one in self.each:
-            offset = one.offset
-            if isinstance(offset, torch.nn.Parameter) and len(offset) == first.shape[1]:
-                offset.copy_((first.float() * self.scale).mean(0))
+            if isinstance(one.offset, torch.nn.Parameter) and len(one.offset) == first.shape[1]:
+                one.offset.copy_(mean)
 
     def run(self, keep: Path | None, tell: Tell, started: float) -> None:
         """From the step where the job is to its end; then the scale is folded into the dictionaries."""
         before = self.seconds
         every = max(1, self.total // 100)
-        batches = self.source.rows(self.options.batch_size, start=self.step)
+        batches = self.source.rows(self.part, start=self.step)
         for one in self.each:
             one.train()
         while self.step < self.total:
-            progress = self._step(next(batches))
+            progress = self.take(next(batches))
             self.seconds = before + time.monotonic() - started
             if self.step % every == 0 or self.step == self.total:
                 self.history.append(progress)
             tell(progress)
             if keep is not None and (self.step % self.options.checkpoint_every == 0 or self.step == self.total):
-                self.save(keep)
+                save(self, keep)
         for one in self.each:
             one.eval()
             one.rescale(1 / self.scale)
@@ -188,7 +187,8 @@ class _Job:
             raise fail("train", "targets", "be finite", f"NaN or infinity in batch {self.step}")
         return target
 
-    def _step(self, rows: Rows) -> Progress:
+    def take(self, rows: Rows) -> Progress:
+        """One step with the next ``rows`` (of this process)."""
         factor = learning_rate_at(self.step, self.total, self.options.warmup, self.options.decay)
         x = self._checked(rows.x).float() * self.scale
         gradient = None if rows.gradient is None else rows.gradient.float() / self.scale  # of the scaled activations
@@ -214,12 +214,14 @@ class _Job:
         )
 
     def _descend(self, one: Dictionary, batch: Batch, optimizer: Adam, factor: float) -> Objective:
-        objective = one.objective(batch)
+        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+            objective = one.objective(batch)
         if not bool((loss := objective.loss.detach()).isfinite()):
             raise fail("train", "learning_rate", "keep the loss finite", f"{float(loss)} at step {self.step}")
         optimizer.zero_grad(set_to_none=True)
         objective.loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
+            parallel.average_gradients(one)
             one.before_step()
             if self.options.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(one.parameters(), self.options.clip_norm)
@@ -227,69 +229,12 @@ class _Job:
                 group["lr"] = self.options.learning_rate * factor
             optimizer.step()
             one.after_step()
+            parallel.average([buffer for buffer in one.buffers() if buffer.is_floating_point()])
             used = objective.codes.indices[objective.codes.values != 0]
-            batch.silent.add_(len(batch.x))
+            batch.silent.add_(len(batch.x) * parallel.size())
             batch.silent[used.long()] = 0
+            parallel.lowest(batch.silent)
         return objective
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint; the one before is there until it is whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for number, (one, optimizer, silent) in enumerate(zip(self.each, self.optimizers, self.silent, strict=True)):
-            tensors |= {f"{number}.silent": silent}
-            tensors |= {f"{number}.dictionary.{name}": value for name, value in one.state_dict().items()}
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{number}.adam.{index}.{name}": value for name, value in state.items()}
-        record = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "scale": self.scale,
-            "history": [asdict(progress) for progress in self.history],
-            "plan": self._plan(),
-        }
-        with replacing(folder / "checkpoint.safetensors") as temporary:
-            held = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(held, temporary, {"record": json.dumps(record)})
-
-    def resume(self, folder: Path) -> None:
-        """Take up the checkpoint in ``folder``, if there is one."""
-        path = folder / "checkpoint.safetensors"
-        if not path.is_file():
-            return
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-        if record["plan"] != self._plan():
-            raise fail("train", "keep", "hold a checkpoint of the same training", f"another in {folder}")
-        tensors = load_file(path)
-        self.step, self.seconds, self.scale = record["step"], record["seconds"], record["scale"]
-        parts = ("fvu", "l0", "silent")
-        self.history = [
-            Progress(entry["step"], entry["total"], *(tuple(entry[part]) for part in parts))
-            for entry in record["history"]
-        ]
-        for number, (one, optimizer) in enumerate(zip(self.each, self.optimizers, strict=True)):
-            head = f"{number}.dictionary."
-            one.load_state_dict(
-                {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
-            )
-            self.silent[number] = tensors[f"{number}.silent"]
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith(f"{number}.adam."):
-                    index, _, key = name.removeprefix(f"{number}.adam.").partition(".")
-                    state.setdefault(int(index), {})[key] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-    def _plan(self) -> dict[str, Any]:
-        plan = {
-            "options": self.options.model_dump(),
-            "dictionaries": [[type(o).__name__, o.settings()] for o in self.each],
-        }
-        as_read: dict[str, Any] = json.loads(json.dumps(plan))
-        return as_read
 
 
 def _patience(one: Dictionary) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paucity.checks import InputError, InputTypeError
-from paucity.kernels.codes import decode_codes, encode_kept, op
+from paucity.kernels.codes import decode_codes, encode_kept, encode_topk, op
 from paucity.measure.flops import flops
 from paucity.ops.formats import Codes
 
@@ -194,3 +194,86 @@ def test_bad_input(twin):
         encode_kept(x, table, bias.double(), indices)
     with pytest.raises(InputTypeError, match="values must be floating point"):
         decode_codes(indices, indices, table)
+
+
+def highest(x, table, bias, k, by_abs):
+    """Positions by the rule of float64 sums, best first."""
+    scores = x.double() @ table.double().T + (0 if bias is None else bias.double())
+    return (scores.abs() if by_abs else scores).topk(k).indices, scores
+
+
+@pytest.mark.parametrize("by_abs", [False, True])
+@pytest.mark.parametrize("kind", ["random", "crowded", "few atoms", "far from 0"])
+def test_the_highest_are_those_of_exact_products(kind, by_abs):
+    generator = torch.Generator().manual_seed(0)
+    x, table = torch.randn(70, 96, generator=generator), torch.randn(2048, 96, generator=generator)
+    bias, k = torch.randn(2048, generator=generator), 8
+    if kind == "crowded":  # atoms that bfloat16 cannot tell apart
+        table = table[:1] + 1e-4 * table
+        bias = bias * 1e-4
+    elif kind == "few atoms":
+        table, bias = table[:9], bias[:9]
+    elif kind == "far from 0":
+        x, bias = x + 30, None
+    values, indices = encode_topk(x, table, bias, k, by_abs=by_abs)
+    expected, scores = highest(x, table, bias, k, by_abs)
+    assert indices.dtype == torch.int32
+    got = scores.gather(1, indices.long())
+    torch.testing.assert_close(values.double(), got, atol=1e-3, rtol=1e-5)
+    wanted = scores.gather(1, expected)
+    torch.testing.assert_close(got.abs() if by_abs else got, wanted.abs() if by_abs else wanted, atol=2e-4, rtol=1e-5)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    if kind in ("random", "few atoms"):
+        assert torch.equal(indices.long(), expected)
+
+
+def test_highest_with_gradients_leading_sizes_and_autocast():
+    generator = torch.Generator().manual_seed(1)
+    x, table, bias = (torch.randn(*s, generator=generator) for s in ((3, 5, 40), (1000, 40), (1000,)))
+    x, table, bias = (each.requires_grad_() for each in (x, table, bias))
+    values, indices = encode_topk(x, table, bias, 4)
+    assert values.shape == indices.shape == (3, 5, 4)
+    got = torch.autograd.grad(values.square().sum(), (x, table, bias))
+    dense = (x @ table.T + bias).gather(-1, indices.long())
+    for one, other in zip(got, torch.autograd.grad(dense.square().sum(), (x, table, bias)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = encode_topk(x, table, bias, 4)
+    assert again.dtype == torch.float32
+    assert torch.equal(again, values)
+    assert torch.equal(same, indices)
+
+
+def test_rows_that_rounding_leaves_open_are_computed_exactly(monkeypatch):
+    """Among equal atoms the lower positions win, in rows of NaN and infinity nothing is lost."""
+    table = torch.ones(4096, 32)
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+    x[4], x[5, 0] = float("nan"), float("inf")
+    _, indices = encode_topk(x[:4], table, None, 5)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]] * 4
+    values, indices = encode_topk(x, table, None, 5)
+    assert values[4].isnan().all()
+    assert values[5].isinf().all()
+    assert ((indices >= 0) & (indices < 4096)).all()
+    assert encode_topk(x[:0], table, None, 5)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_chosen_among_as_they_are(dtype):
+    generator = torch.Generator().manual_seed(3)
+    x, table = torch.randn(6, 16, generator=generator).to(dtype), torch.randn(700, 16, generator=generator).to(dtype)
+    values, indices = encode_topk(x, table, None, 3)
+    assert values.dtype == dtype
+    assert torch.equal(indices.long(), (x @ table.T).topk(3).indices)
+
+
+def test_bad_input_to_the_highest():
+    x, table, bias = torch.randn(2, 4), torch.randn(8, 4), torch.randn(8)
+    with pytest.raises(InputError, match="k must be in"):
+        encode_topk(x, table, bias, 9)
+    with pytest.raises(InputError, match="x must have shape"):
+        encode_topk(x[:, :3], table, bias, 2)
+    with pytest.raises(InputError, match="bias must have shape"):
+        encode_topk(x, table, bias[:7], 2)
+    with pytest.raises(InputTypeError, match=r"weight must be torch\.float32"):
+        encode_topk(x, table.double(), bias, 2)
