@@ -5,8 +5,9 @@ non-negative with sum 1, ``||Lambda_i|| <= delta``, and ``C`` the centroids of k
 encoder with top-k gives the codes; encoder, ``W``, ``Lambda`` and ``m`` are trained on the squared error. ``delta = 0``
 is the strict A-SAE.
 
-Activations are taken as they come, without an offset, since atoms are places in the data and not directions. Atoms do
-not have norm 1. The paper's other encoders (JumpReLU, BatchTopK) are not combined with it here.
+Activations are taken as they come, without an offset, since atoms are places in the data and not directions: what all
+activations share costs entries, so that a large mean is better taken off before. Atoms do not have norm 1. The official
+encoder has a batch norm, here it has none. The paper's other encoders (JumpReLU, BatchTopK) are not combined with it.
 """
 
 import math

@@ -7,8 +7,10 @@ the same text can be compared by the Jaccard index of their origins.
 
 Within a batch the activations that are in error are admitted in their order, but for those that resemble an earlier
 one; these are coded again with the new atoms. That keeps copies out, and the same order of text gives dictionaries of
-two models that can be compared. Activations are coded by signed products, without an offset. Not implemented: the
-paper's distributed construction.
+two models that can be compared. Activations are coded by signed products, without an offset. The official code compares
+directions alone (it admits where ``2 - 2 cos(x, x_hat)``, a mean over dimensions, exceeds the threshold), and starts
+with the most frequent activations, as many as there are dimensions. Not implemented: that start, and the paper's
+distributed construction.
 """
 
 from collections.abc import Iterator, Mapping
