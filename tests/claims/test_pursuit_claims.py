@@ -9,7 +9,7 @@ import torch
 from paucity.claims import itda_model_similarity
 from paucity.claims.itda_model_similarity import linear_cka, relative_similarity, svcca
 from paucity.claims.mp_sae_hierarchical import LONE, PARENTS, WIDTH, Tree, _measure
-from paucity.claims.natural_images import atoms_png, orientation, whitened_patches
+from paucity.claims.natural_images import atoms_png, draw_patches, orientation, whitened
 from paucity.dictionary.matching_pursuit import MatchingPursuit
 
 INDICES = ("itda", "itda_official_threshold", "cka", "svcca", "relative")
@@ -71,16 +71,25 @@ def test_every_index_finds_the_layers_of_a_model_in_itself(monkeypatch):
     assert all(1 <= count <= 16 * 64 for each in result.measured["atoms"] for count in each)
 
 
-def test_patches_are_white():
-    generator = torch.Generator().manual_seed(0)
-    rough = torch.randn(2, 80, 90, generator=generator)
-    pictures = list(torch.nn.functional.avg_pool2d(rough, 5, 1))
-    patches = whitened_patches(pictures, 6, 4000, seed=0)
-    assert patches.shape == (4000, 36)
+def test_pictures_become_white_up_to_the_cut():
+    rows, cols = torch.fft.fftfreq(80), torch.fft.rfftfreq(90)
+    frequency = (rows.square().unsqueeze(1) + cols.square()).sqrt()
+    noise = torch.randn(80, 90, generator=torch.Generator().manual_seed(0))
+    natural = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency.clamp_min(0.01), s=noise.shape)
+    flat = whitened(3 * natural + 7)
+    assert flat.std() == pytest.approx(1, abs=1e-4)
+    assert flat.mean() == pytest.approx(0, abs=1e-4)
+    power = torch.fft.rfft2(flat).abs().square()
+    low, middle, high = (
+        power[(frequency > a) & (frequency < b)].mean() for a, b in ((0.02, 0.1), (0.1, 0.25), (0.5, 1))
+    )
+    assert 0.6 < low / middle < 1.6
+    assert high < 0.05 * middle
+    torch.testing.assert_close(whitened(natural), flat, rtol=1e-3, atol=1e-3)
+    patches = draw_patches([flat, flat[:40]], 6, 400, seed=0)
+    assert patches.shape == (400, 36)
     assert patches.norm(dim=1).mean() == pytest.approx(1, abs=1e-5)
-    values = torch.linalg.eigvalsh(patches.T @ patches / 4000)
-    assert values[-1] / values.median() < 40
-    assert torch.equal(patches, whitened_patches(pictures, 6, 4000, seed=0))
+    assert torch.equal(patches, draw_patches([flat, flat[:40]], 6, 400, seed=0))
 
 
 def test_orientation_of_a_grating_and_of_a_spot():

@@ -25,8 +25,7 @@ from .base import ClaimResult
 NAME = "mp-sae-hierarchical"
 PARENTS, CHILDREN, LONE, WIDTH = 3, 3, 8, 20
 CORRELATIONS = (0.0, 0.3)
-L1 = (0.1, 0.3)
-AVERAGE = (1, 2)
+L1, AVERAGE = 0.1, 2
 FOUND = 0.95
 
 
@@ -65,16 +64,17 @@ class Tree:
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     """Train MP-SAE, BatchTopK and l1 autoencoders with as many atoms as there are concepts, at the paper's settings.
 
-    Of the l1 penalties, and of the entries of BatchTopK (whole numbers on both sides of the tree's 1.36), the one that
-    recovers most counts. It holds if, at each correlation, MP-SAE's mean cosine to
-    the concepts (a Hungarian match) is at least ``FOUND`` on the mean of the draws, and above that of both others.
+    As in the authors' code, MP-SAE's atoms are not brought back to norm 1; the steps are fewer than their 15,000. The
+    l1 penalty is the one that leaves the tree's 1.36 entries (on another tree; .3 recovers less), and BatchTopK has
+    the whole number above them (1 recovers less). It holds if, at each correlation, MP-SAE's mean cosine to the
+    concepts (a Hungarian match) is at least ``FOUND`` on the mean of the draws, and above that of both others.
 
     Args:
         quick: fewer steps, one draw.
         seed: of the first draw; the others follow.
     """
     started = time.monotonic()
-    steps, draws = (500, 1) if quick else (5000, 2)
+    steps, draws = (600, 1) if quick else (4000, 2)
     measured: dict[str, Any] = {}
     holds = True
     for correlation in CORRELATIONS:
@@ -109,20 +109,25 @@ def run(*, quick: bool, seed: int = 0) -> ClaimResult:
 def _draw(correlation: float, seed: int, steps: int) -> dict[str, dict[str, float]]:
     tree = Tree.draw(correlation, seed)
     x = tree.sample(100_000, seed)
-    candidates: dict[str, list[Dictionary]] = {
-        "mp_sae": [
-            MatchingPursuit(WIDTH, WIDTH, WIDTH, tolerance=0.05, stop_on_repeat=True, centre=False, seed=1000 + seed)
-        ],
-        "batch_topk": [SparseAutoencoder(WIDTH, WIDTH, BatchTopK(k), auxiliary=0, seed=1000 + seed) for k in AVERAGE],
-        "relu": [SparseAutoencoder(WIDTH, WIDTH, ReLU(weight), auxiliary=0, seed=1000 + seed) for weight in L1],
+    pursuit: dict[str, Any] = {"tolerance": 0.05, "stop_on_repeat": True, "centre": False, "unit": False}
+    each: dict[str, Dictionary] = {
+        "mp_sae": MatchingPursuit(WIDTH, WIDTH, WIDTH, seed=1000 + seed, **pursuit),
+        "batch_topk": SparseAutoencoder(WIDTH, WIDTH, BatchTopK(AVERAGE), auxiliary=0, seed=1000 + seed),
+        "relu": SparseAutoencoder(WIDTH, WIDTH, ReLU(L1), auxiliary=0, seed=1000 + seed),
     }
-    found = {}
-    for name, each in candidates.items():
-        options: dict[str, Any] = {"learning_rate": 3e-2, "betas": (0.5, 0.9375), "warmup": 0.04, "decay": 0.2}
-        source = TensorSource(x, seed=seed)
-        train(each, source, num_tokens=200 * steps, batch_size=200, normalise=False, centre=False, **options)
-        found[name] = max((_measure(one, tree, x[:5000]) for one in each), key=lambda figures: figures["mcc"])
-    return found
+    train(
+        list(each.values()),
+        TensorSource(x, seed=seed),
+        num_tokens=200 * steps,
+        batch_size=200,
+        learning_rate=3e-2,
+        betas=(0.5, 0.9375),
+        warmup=0.04,
+        decay=0.2,
+        normalise=False,
+        centre=False,
+    )
+    return {name: _measure(one, tree, x[:5000]) for name, one in each.items()}
 
 
 @torch.no_grad()
