@@ -154,37 +154,28 @@ def _sweeps() -> list[BenchRow]:
     def at_hand() -> ActivationSource:
         return TensorSource(kept)
 
-    one, by_k, by_size = [(ATOMS, K)], [(ATOMS, k) for k in SWEEP_K], [(size, K) for size in SWEEP_SIZES]
+    by_k, by_size = [(ATOMS, k) for k in SWEEP_K], [(size, K) for size in SWEEP_SIZES]
     text = f"{STEPS} steps of {BATCH}, {{}}, {{}}"
     llama = f"as a Llama 125 M yields them at {HOOK}"
     ks = f"k {', '.join(map(str, SWEEP_K))} with {ATOMS} atoms"
+    sizes = f"{', '.join(map(str, SWEEP_SIZES))} atoms"
     return [
-        _sweep("sweep4", text.format(ks, llama), by_k, one, live),
-        _sweep("sweep4_at_hand", text.format(ks, "activations at hand"), by_k, one, at_hand),
-        _sweep(
-            "sweep4_sizes",
-            text.format(f"{', '.join(map(str, SWEEP_SIZES))} atoms", "activations at hand"),
-            by_size,
-            one,
-            at_hand,
-        ),
+        _sweep("sweep4", text.format(ks, llama), by_k, live),
+        _sweep("sweep4_at_hand", text.format(ks, "activations at hand"), by_k, at_hand),
+        _sweep("sweep4_sizes", text.format(sizes, llama), by_size, live),
     ]
 
 
-def _sweep(
-    name: str,
-    size: str,
-    four: list[tuple[int, int]],
-    one: list[tuple[int, int]],
-    source: Callable[[], ActivationSource],
-) -> BenchRow:
-    seconds: dict[str, list[float]] = {"four": [], "one": []}
-    for _ in range(2):
-        for which, sizes in (("four", four), ("one", one)):
-            dictionaries = [SparseAutoencoder(WIDTH, atoms, TopK(k)) for atoms, k in sizes]
-            started = time.perf_counter()
-            train(dictionaries, source(), num_tokens=STEPS * BATCH, batch_size=BATCH)
-            seconds[which].append(time.perf_counter() - started)
-    together, alone = min(seconds["four"]), min(seconds["one"])
-    how = f"four together, {together / alone:.2f} times the cost of one"
-    return BenchRow(f"dictionary.{name}", size, how, "one, four times", together, 4 * alone, 4.0)
+def _sweep(name: str, size: str, four: list[tuple[int, int]], source: Callable[[], ActivationSource]) -> BenchRow:
+    """All together, before and after each alone."""
+
+    def seconds(sizes: list[tuple[int, int]]) -> float:
+        dictionaries = [SparseAutoencoder(WIDTH, atoms, TopK(k)) for atoms, k in sizes]
+        started = time.perf_counter()
+        train(dictionaries, source(), num_tokens=STEPS * BATCH, batch_size=BATCH)
+        return time.perf_counter() - started
+
+    first, alone = seconds(four), [seconds([each]) for each in four]
+    together = (first + seconds(four)) / 2
+    how = f"together, {together * len(four) / sum(alone):.2f} times the mean cost of one"
+    return BenchRow(f"dictionary.{name}", size, how, "each alone, in sum", together, sum(alone), float(len(four)))

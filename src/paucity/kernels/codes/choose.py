@@ -17,7 +17,7 @@ from ..dispatch import requested
 from ..select import topk
 from . import op
 
-_CANDIDATES = 4  # times k
+_MORE = 64  # candidates beyond twice k
 _SCRATCH = 2**25  # entries of the products that are held at once
 _SLACK = 1.05  # on the bound: float32 sums and the squares of u
 _UNIT = 2.0**-8
@@ -26,7 +26,7 @@ _UNIT = 2.0**-8
 def choose(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, by_abs: bool) -> Tensor:
     """Indices ``[n, k]`` (int32) of the highest of ``x [n, d] @ weight.T + bias``, best first; no gradient flows."""
     size = max(1, _SCRATCH // max(1, len(weight)))
-    wide = _CANDIDATES * k
+    wide = 2 * k + _MORE
     if not fast_halves(x) or 4 * wide > len(weight):
         return torch.cat([topk(F.linear(part, weight, bias), k, by_abs=by_abs)[1] for part in torch.split(x, size)])
     table = _widened(weight, bias)
