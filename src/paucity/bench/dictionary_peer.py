@@ -1,9 +1,9 @@
 """Times dictionaries in a process of its own, one call at a time: of SAELens, of overcomplete, or ours.
 
 Started as ``python -c SOURCE JOB`` with JSON of ``who`` (``ours``, ``saelens``, ``overcomplete``), ``what`` (``step``,
-``encode``, ``pursuit``), ``threads``, the sizes ``width``, ``atoms``, ``k`` and ``batch``, and ``autocast``, SAELens' way
-to be faster (its sparse activations do not train on a CPU). After each line on stdin it does its work once and prints
-``seconds`` as JSON.
+``encode``, ``pursuit``), ``threads``, the sizes ``width``, ``atoms``, ``k`` and ``batch``, and ``autocast``, a way of
+SAELens to be faster (its sparse activations do not train on a CPU). After each line on stdin it does its work once and
+prints ``seconds`` as JSON.
 """
 
 import importlib
