@@ -21,9 +21,9 @@ TRIED = 3
 def run(*, quick: bool, seed: int = 0) -> ClaimResult:
     """Train TopK and gradient SAEs on the same batches, and let the model go on with what each reconstructs.
 
-    Gradients are known in training alone: all dictionaries encode the held-out text as TopK does. The paper's beta is not
-    known to us: of 1, first taken, and 0.25, the latter did better in the draws 0 to 2, and others than these are run.
-    It holds if, in every draw, the gradient SAE with beta 0.25 raises the loss by less than TopK; 1 is reported.
+    Gradients are known in training alone: all dictionaries encode the held-out text as TopK does. The paper's beta is
+    not known to us: of 1, first taken, and 0.25, the latter did better in the draws 0 to 2, and others than these are
+    run. It holds if, in every draw, the gradient SAE with beta 0.25 raises the loss by less than TopK; 1 is reported.
 
     Args:
         quick: less data and one draw.
