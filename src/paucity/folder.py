@@ -43,8 +43,8 @@ class Folder:
         """
         if self.out.exists() and not force:
             raise fail(self.job, "out", "not exist (--force replaces it when the run is complete)", self.out)
-        if not self.partial.exists():
-            return
+        if not self.partial.exists() or {path.name for path in self.partial.iterdir()} <= {f"{PLAN}.tmp"}:
+            return  # nothing is there, or what `open` left when it was killed
         if resume:
             record = self.partial / PLAN
             if not record.is_file() or record.read_text(encoding="utf-8") != plan.model_dump_json():
@@ -84,16 +84,18 @@ class Folder:
         return self.partial / "stages" / f"{name}.json"
 
     def publish(self) -> None:
-        """Put the finished run in the place of ``out``; an older one goes only when the new one is there."""
-        shutil.rmtree(self.partial / "stages", ignore_errors=True)
-        (self.partial / PLAN).unlink()
-        if not self.out.exists():
-            self.partial.rename(self.out)
-            return
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-        self.out.rename(aside / self.out.name)
+        """Put the finished run in the place of ``out``; an older one goes only when the new one is there.
+
+        The plan and what was kept go last: a job that is killed here can go on, or is complete.
+        """
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent)) if self.out.exists() else None
+        if aside is not None:
+            self.out.rename(aside / self.out.name)
         self.partial.rename(self.out)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(self.out / "stages", ignore_errors=True)
+        (self.out / PLAN).unlink()
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,12 +1,14 @@
 """The buffer: against a naive one that keeps activations, from any start, and its bad input."""
 
 import itertools
+import time
 
 import pytest
 import torch
 
 from paucity.checks import InputError
 from paucity.dictionary.mixing import MixedSource, item_at
+from paucity.dictionary.sources import TensorSource
 
 
 def made(counts, capacity, seed=0, width=3):
@@ -83,6 +85,26 @@ def test_passes_differ_and_the_seed_decides():
     assert orders[0] != orders[1]
     assert torch.equal(made([9, 9], 8, seed=3)[0].sample(9), made([9, 9], 8, seed=3)[0].sample(9))
     assert not torch.equal(made([9, 9], 8, seed=3)[0].sample(9), made([9, 9], 8, seed=4)[0].sample(9))
+
+
+def test_items_of_one_row_cost_no_more_than_their_number():
+    row = torch.zeros(1, 2)
+    began = time.process_time()
+    next(MixedSource(lambda item: row, [1] * 40_000, 2, capacity=40_000).batches(1))
+    assert time.process_time() - began < 4  # quadratic where each searches all rows
+
+
+def test_what_is_given_keeps_no_more_than_half_a_buffer():
+    source, _ = made([50] * 8, 400)
+    pieces = source._rows(0)
+    assert [next(pieces).untyped_storage().nbytes() for _ in range(3)] == [200 * 3 * 4] * 3
+
+
+def test_rows_in_memory_start_anywhere_for_any_seed():
+    source = TensorSource(torch.arange(6.0)[:, None], seed=2**62)
+    assert torch.equal(next(source.batches(2, start=2)), torch.cat(taken(source, 2, 3))[4:])
+    with pytest.raises(InputError, match="start must be at least 0, got -1"):
+        next(source.batches(2, start=-1))
 
 
 def test_bad_input():

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +41,7 @@ def conversation_ids(
         max_length: tokens of a conversation, what is longer is cut off; None cuts nothing.
 
     Raises:
-        InputError: if there is no template, no conversation, or one without a message.
+        InputError: if there is no template, no conversation, one without a message, or one that the template refuses.
     """
     if template is None and not getattr(tokenizer, "chat_template", None):
         raise fail("conversation_ids", "tokenizer", "have a chat template, or one be given", "none")
@@ -53,7 +54,11 @@ def conversation_ids(
         if not len(messages) or not all({"role", "content"} <= set(message) for message in messages):
             raise fail("conversation_ids", "conversations", "hold messages with a role and content", f"number {number}")
         options: dict[str, Any] = {} if template is None else {"chat_template": template}
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+        try:
+            text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            got = f"number {number}: {error}"
+            raise fail("conversation_ids", "conversations", "fit the chat template", got) from None
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(torch.tensor([ids[:max_length]], dtype=torch.int64))
     return found

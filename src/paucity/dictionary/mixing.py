@@ -24,8 +24,8 @@ class MixedSource(ActivationSource):
         read: gives the rows ``[counts[item], input_size]`` of an item, the same at every call.
         counts: rows of each item.
         input_size: width of a row.
-        capacity: rows that the buffer holds when it is full, at least 2 and at most those of one pass; one item more
-            may be in memory.
+        capacity: rows that the buffer holds when it is full, at least 2 and at most those of one pass. When half of it
+            was given, memory holds up to twice as many, and one item more.
         seed: of the order of items and of all shuffles.
     """
 
@@ -75,23 +75,29 @@ class MixedSource(ActivationSource):
         self._first = None
         while True:
             given, order = books.take()
-            values = values[order]
-            yield values[max(0, start - at) : given.shape[1]].clone()
-            at += given.shape[1]
-            values, before = values[given.shape[1] :], books.held.shape[1]
+            half = given.shape[1]
+            # Both are copies: nothing keeps the whole buffer while its first half is used up.
+            first, values = values[order[max(0, start - at) : half]], values[order[half:]]
+            yield first
+            del first
+            at += half
             books.fill()
-            if books.held.shape[1] > before:
-                values = torch.cat([values, self._values(books.held[:, before:])])
+            values = self._values(books.held, values)
 
-    def _values(self, ids: Tensor) -> Tensor:
-        """The rows ``ids [2, n]`` (turn, row); each item is read once."""
+    def _values(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """The rows ``ids [2, n]`` (turn, row), the first of which are ``before``; each item is read once."""
+        known = 0 if before is None else len(before)
+        order = known + torch.argsort(ids[0, known:], stable=True)
+        turns, counts = torch.unique_consecutive(ids[0, order], return_counts=True)
         found: Tensor | None = None
-        for turn in torch.unique(ids[0]).tolist():
-            item = item_at(turn, len(self.counts), self.seed)
-            mine = ids[0] == turn
-            value = self._checked(item)[ids[1, mine]]
-            found = value.new_empty(ids.shape[1], self.input_size) if found is None else found
-            found[mine] = value
+        for turn, mine in zip(turns.tolist(), order.split(counts.tolist()), strict=False):
+            value = self._checked(item_at(turn, len(self.counts), self.seed))
+            if found is None:
+                found = value.new_empty(ids.shape[1], self.input_size)
+                if before is not None:
+                    found[:known] = before
+            found[mine] = value[ids[1, mine]]
+        found = before if found is None else found
         assert found is not None, "a buffer that was filled holds rows"
         return found
 
@@ -113,12 +119,14 @@ class _Books:
 
     def fill(self) -> int:
         """Take up items until the buffer is full, behind what is in it; how many rows the next `take` will give."""
-        size, new = self.held.shape[1], [self.held]
+        size, first, taken = self.held.shape[1], self.turn, list[int]()
         while size < self.capacity:
-            count = self.counts[item_at(self.turn, len(self.counts), self.seed)]
-            new.append(torch.stack([torch.full((count,), self.turn), torch.arange(count)]))
-            size, self.turn = size + count, self.turn + 1
-        self.held = torch.cat(new, 1)
+            taken.append(self.counts[item_at(self.turn, len(self.counts), self.seed)])
+            size, self.turn = size + taken[-1], self.turn + 1
+        counts = torch.tensor(taken, dtype=torch.int64)
+        turns = torch.arange(first, self.turn).repeat_interleave(counts)
+        rows = torch.arange(len(turns)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        self.held = torch.cat([self.held, torch.stack([turns, rows])], 1)
         return size // 2
 
     def take(self) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,7 @@ class TensorSource(ActivationSource):
     def rows(self, batch_size: int, *, start: int = 0) -> Iterator[Rows]:
         """See `ActivationSource.rows`."""
         check_int("TensorSource", "batch_size", batch_size)
+        check_int("TensorSource", "start", start, 0)
         count, at = len(self.activations), start * batch_size
         while True:
             rows = torch.arange(at, at + batch_size)
@@ -114,4 +115,4 @@ def as_source(activations: object) -> ActivationSource:
 
 @lru_cache(maxsize=3)
 def _order(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
