@@ -81,6 +81,7 @@ SHARED_FILES = {
     "wrapped",
     "build",
     "checkpoint",
+    "examine",
     "job",
     "ioi_task",
     "judge",

@@ -92,17 +92,29 @@ def evaluate(
     text: EvalText = "held_out_python",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of it.")] = 16_384,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    truth: Annotated[
+        str | None, typer.Option(help="A safetensors file of the true atoms [n, width]: mean correlation coefficient.")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A folder of other trainings: stability. May be given again.")
+    ] = None,
+    by_letters: Annotated[
+        bool, typer.Option("--letters", help="First letters of words: sparse probing and absorption.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of intervals and of the words' order.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure trained dictionaries on another text or model: FVU, explained variance, L0, dead share, loss."""
-    from .dictionary.to_folder import eval_folder
+    """Measure trained dictionaries on another text or model: error, L0, dead share, loss, and what is asked for."""
+    from .dictionary.to_folder import Asked, eval_folder
 
     texts = {"eval_text": text, "eval_tokens": tokens, "length": length}
+    asked = Asked(truth=truth, against=tuple(against or ()), letters=by_letters, seed=seed)
     with bar() as tell:
-        record = eval_folder(source, model=model, hook=hook, texts=texts, on_progress=tell)
+        record = eval_folder(source, model=model, hook=hook, texts=texts, asked=asked, on_progress=tell)
     if as_json:
         return print_json(record)
     _show(record)
+    _show_asked(record)
 
 
 @app.command()
@@ -143,3 +155,33 @@ def _show(record: dict[str, Any]) -> None:
     out.print(table)
     if tokens is not None:
         out.print(f"  Dead: in none of the codes of {tokens:,} held-out tokens; dense: in over 10 %.", markup=False)
+
+
+def _show_asked(record: dict[str, Any]) -> None:
+    for one in record["dictionaries"]:
+        asked = one["asked"]
+        for name in ("mcc", "stability"):
+            if name in asked:
+                out.print(f"  {one['name']}: {name} {_said(asked[name])}", markup=False)
+        if "letters" in asked:
+            found = asked["letters"]
+            said = [f"{k} {_said(value)}" for k, value in found["probe"].items()]
+            said += [f"all of the activation {_said(found['dense'])}"]
+            out.print(f"  {one['name']}: letters {found['letters']} told by features: {', '.join(said)}", markup=False)
+            absorbed = found["absorption"]
+            what = absorbed.get("none") or f"full {_said(absorbed['full'])}, fraction {_said(absorbed['fraction'])}"
+            out.print(f"  {one['name']}: absorption {what}", markup=False)
+    for group in record["seeds"]:
+        figures = {
+            name: group["metrics"][name] for name in ("fvu", "l0", "dead", "ce_loss_score") if name in group["metrics"]
+        }
+        said = [f"{name} {_said(value)}" for name, value in figures.items()]
+        said += [f"stability {_said(group['stability'])}"]
+        out.print(f"  Over {len(group['names'])} seeds: {', '.join(said)}", markup=False)
+
+
+def _said(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
+        return "-"
+    interval = "" if estimate["low"] is None else f" ({estimate['low']:.3f} to {estimate['high']:.3f})"
+    return f"{estimate['value']:.3f}{interval}"

@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,29 @@ from ..folder import Folder, write_whole
 from ..measure.data import read_text
 from ..models.load import Loaded, load
 from .base import Dictionary
+from .examine import against_truth, letters, over_seeds, over_trainings, read_truth
 from .files import SETTINGS, load_dictionary, read_facts, save_dictionary
 from .job import Fitted, Options, Tell, fit_on, text_windows
 from .judge import judge
 
 RESULT = "training.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `eval_folder` measures beyond the figures of `judge`.
+
+    Attributes:
+        truth: a safetensors file of true atoms.
+        against: folders of other trainings.
+        letters: whether first letters of words are read off features.
+        seed: of intervals and of the words' order.
+    """
+
+    truth: str | None = None
+    against: tuple[str, ...] = ()
+    letters: bool = False
+    seed: int = 0
 
 
 class TrainingPlan(BaseModel):
@@ -132,6 +152,7 @@ def eval_folder(
     model: str | None,
     hook: str | None,
     texts: Mapping[str, Any],
+    asked: Asked | None = None,
     on_progress: Tell | None = None,
 ) -> dict[str, Any]:
     """Measure the dictionaries of a folder again.
@@ -141,20 +162,36 @@ def eval_folder(
         model: instead of the one that they were trained on.
         hook: instead of the place that they were trained at; what another tool wrote needs both.
         texts: ``eval_text``, ``eval_tokens`` and ``length``.
+        asked: what else is measured.
         on_progress: told what is done, of how much, and in words.
 
     Returns:
-        ``{"texts", "dictionaries"}`` with new ``metrics``.
+        ``{"texts", "dictionaries", "seeds"}`` with new ``metrics``, what was ``asked`` among them; ``seeds`` has the
+        mean figures, and the stability, of dictionaries that differ in their seed alone. One that does not say its
+        model and place has no other figures than those that need neither.
 
     Raises:
         InputError: if there is no dictionary, or it does not fit the model.
     """
-    held = read_records(folder)
+    held, asked = read_records(folder), asked or Asked()
     words = read_text(texts["eval_text"], role="eval")
+    truths = [None if asked.truth is None else read_truth(asked.truth, one.atoms.shape[1]) for one, _ in held]
+    others = [one for source in asked.against for one, _ in read_records(source)]
+    for other, (one, _) in product(others, held):
+        if other.atoms.shape[1] != one.atoms.shape[1]:
+            raise fail("dictionary", "--against", f"have atoms {one.atoms.shape[1]} wide", other.atoms.shape[1])
     models: dict[str, Loaded] = {}
     found = []
-    for dictionary, record in held:
+    for (dictionary, record), truth in zip(held, truths, strict=True):
+        more: dict[str, Any] = {}
+        if truth is not None:
+            more |= against_truth(dictionary, truth, seed=asked.seed)
+        if others:
+            more |= over_trainings([dictionary, *others], seed=asked.seed)
         name, place = model or record["model"], hook or record["hook"]
+        if name is None and place is None and more and not asked.letters:
+            found.append(record | {"metrics": None, "asked": more})
+            continue
         for what, value in (("model", name), ("hook", place)):
             if value is None:
                 raise fail("dictionary", f"--{what}", "be given for a dictionary that does not say its own", "none")
@@ -163,8 +200,28 @@ def eval_folder(
         items = text_windows(tokenizer, words, texts["length"], max_tokens=texts["eval_tokens"])
         skip = tuple(tokenizer.all_special_ids)
         figures = judge(loaded.model, place, dictionary, items, skip_ids=skip, on_progress=on_progress)
-        found.append(record | {"model": name, "hook": place, "metrics": figures})
-    return {"texts": dict(texts), "dictionaries": found}
+        if asked.letters:
+            more["letters"] = letters(loaded, place, dictionary, seed=asked.seed)
+        found.append(record | {"model": name, "hook": place, "metrics": figures, "asked": more})
+    return {"texts": dict(texts), "dictionaries": found, "seeds": _seeds([one for one, _ in held], found)}
+
+
+def _seeds(dictionaries: Sequence[Dictionary], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that differ in their seed alone, together."""
+    groups: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        options = {name: value for name, value in record["options"].items() if name != "seed"}
+        same = [record["model"], record["hook"], record["method"], record["dict_size"], options]
+        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(number)
+    return [
+        {
+            "names": [records[number]["name"] for number in group],
+            "metrics": over_seeds([records[number]["metrics"] for number in group]),
+            **over_trainings([dictionaries[number] for number in group]),
+        }
+        for group in groups.values()
+        if len(group) > 1 and all(records[number]["metrics"] for number in group)
+    ]
 
 
 def _described(dictionary: Dictionary, facts: Mapping[str, Any]) -> dict[str, Any]:
