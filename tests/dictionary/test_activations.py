@@ -11,8 +11,9 @@ from paucity.dictionary import cache
 from paucity.dictionary.cache import cached_source, read_facts, write_cache
 from paucity.dictionary.fast import concatenated, conversation_ids, fast_source
 from paucity.dictionary.live import Columns, Harvester, live_source
-from paucity.models.harvest import find_hook, harvest
+from paucity.models.harvest import harvest
 from paucity.models.load import Loaded, byte_tokenizer
+from paucity.models.places import find_hook
 from paucity.models.vision import ViT
 
 HOOKS = ["residual.0", "heads.1"]
@@ -123,6 +124,52 @@ def test_a_cache_goes_on_after_a_kill_in_the_middle_of_a_write(tiny_model, texts
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_what_goes_on_is_of_one_model_and_one_plan(tiny_model, texts, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    harvester, save = Harvester(model, HOOKS, texts), cache.save_file
+    options = {"model": "tiny", "texts": "random", "shard_rows": 12}
+
+    def killed(tensors, path):
+        if path.name.startswith("shard-00002"):
+            raise KeyboardInterrupt
+        save(tensors, path)
+
+    monkeypatch.setattr(cache, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "c", harvester, **options)
+    monkeypatch.setattr(cache, "save_file", save)
+    other = r"resume must continue a run of the same plan, got another in"
+    with pytest.raises(InputError, match=other):
+        write_cache(tmp_path / "c", harvester, **options | {"shard_rows": 20}, resume=True)
+    weight = model.model.layers[1].mlp.down_proj.weight  # one number of a model of the same name
+    with torch.no_grad():
+        kept, weight[3, 5] = float(weight[3, 5]), 0.25
+    with pytest.raises(InputError, match=other):
+        write_cache(tmp_path / "c", harvester, **options, resume=True)
+    with torch.no_grad():
+        weight[3, 5] = kept
+    shard = tmp_path / "c.partial" / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])  # said to be done, but not on disk: power was lost
+    facts = write_cache(tmp_path / "c", harvester, **options, resume=True)
+    assert read_facts(tmp_path / "c") == facts
+    assert (tmp_path / "c" / shard.name).read_bytes() == whole
+    assert write_cache(tmp_path / "c", harvester, **options, resume=True) == facts  # complete
+    with pytest.raises(InputError, match=other):
+        write_cache(tmp_path / "c", Harvester(model, HOOKS, texts[:3]), **options, resume=True)
+
+
+def test_a_source_goes_on_with_the_cache_that_it_opened(tiny_model, texts, tmp_path):
+    model, options = tiny_model("llama"), {"model": "tiny", "texts": "random", "shard_rows": 5}
+    write_cache(tmp_path / "c", Harvester(model, HOOKS, texts), **options)
+    wanted = rows_of(cached_source(tmp_path / "c", capacity=4), 8)
+    source = cached_source(tmp_path / "c", capacity=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(-1)
+    write_cache(tmp_path / "c", Harvester(model, HOOKS, texts), **options, force=True)
+    assert torch.equal(rows_of(source, 8), wanted)
+
+
 def test_a_broken_cache_is_refused(tiny_model, texts, tmp_path):
     write_cache(
         tmp_path / "c", Harvester(tiny_model("llama"), HOOKS, texts), model="tiny", texts="random", shard_rows=12
@@ -133,10 +180,10 @@ def test_a_broken_cache_is_refused(tiny_model, texts, tmp_path):
         cached_source(tmp_path)
     shard = tmp_path / "c" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(InputError, match="shards must be there and whole, got shard-00001"):
+    with pytest.raises(InputError, match="shards must be there and whole, .*got shard-00001"):
         cached_source(tmp_path / "c")
     shard.unlink()
-    with pytest.raises(InputError, match="shards must be there and whole, got shard-00001"):
+    with pytest.raises(InputError, match="shards must be there and whole, .*got shard-00001"):
         cached_source(tmp_path / "c")
     facts = json.loads((tmp_path / "c" / "activations.json").read_text()) | {"surprise": 1}
     (tmp_path / "c" / "activations.json").write_text(json.dumps(facts))
@@ -152,6 +199,10 @@ def test_bad_activations_and_items_are_refused(tiny_model, texts, tmp_path):
         live_source(model, ["residual.0", "residual.0"], texts)
     with pytest.raises(InputError, match="items must hold a token that is neither padding nor special"):
         live_source(model, "residual.0", [torch.full((1, 4), 1)], skip_ids=(1,))
+    pictures = [torch.randn(2, 1, 28, 28)]
+    differ = r"hooks must give the same number of rows, got {'patches.0': 98, 'residual.0': 100} in item 0"
+    with pytest.raises(InputError, match=differ):
+        Harvester(ViT(dim=16, depth=2, heads=2).eval(), ["patches.0", "residual.0"], pictures)
     with pytest.raises(InputError, match=r"token ids from 0 to 63, got 64"):
         live_source(model, "residual.0", [torch.tensor([[64]])])
     with pytest.raises(InputError, match=r"the nearest are residual.0"):
@@ -189,5 +240,11 @@ def test_bad_conversations():
         conversation_ids(tokenizer, [], template=TEMPLATE)
     with pytest.raises(InputError, match="messages with a role and content, got number 0"):
         conversation_ids(tokenizer, [[{"role": "user"}]], template=TEMPLATE)
+    chats = [[{"role": "user", "content": "Hi"}], [{"role": "other", "content": "Hi"}]]
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}a"
+    with pytest.raises(InputError, match=r"fit the chat template, got number 1: roles must alternate"):
+        conversation_ids(tokenizer, chats, template=strict)
+    with pytest.raises(InputError, match=r"fit the chat template, got number 0: "):
+        conversation_ids(tokenizer, chats, template="{% if %}")
     with pytest.raises(InputError, match="items must hold at least 9 tokens, got 4"):
         concatenated([torch.ones(1, 4, dtype=torch.int64)], 9)

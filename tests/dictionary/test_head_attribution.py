@@ -5,7 +5,8 @@ import torch
 
 from paucity.checks import InputError
 from paucity.dictionary.head_attribution import head_contributions, head_weights, source_contributions
-from paucity.models.harvest import find_hook, harvest
+from paucity.models.harvest import harvest
+from paucity.models.places import find_hook
 
 
 def test_shares_match_loops():

@@ -18,8 +18,9 @@ from paucity.dictionary.judge import judge
 from paucity.dictionary.live import live_source
 from paucity.dictionary.sae import SparseAutoencoder
 from paucity.dictionary.topk import TopK
-from paucity.models.harvest import find_hook, harvest
+from paucity.models.harvest import harvest
 from paucity.models.load import Loaded, byte_tokenizer
+from paucity.models.places import find_hook
 
 OPTIONS = {"dict_size": (48,), "k": (4,), "num_tokens": 320, "batch_size": 32, "capacity": 64}
 
@@ -80,6 +81,18 @@ def test_a_job_that_was_killed_gives_the_same(model, items, tmp_path, monkeypatc
     assert steps[14:] == [4, 5, 6, 7, 8, 9, 10]  # the first place is done; the second goes on behind a checkpoint
     for one, other in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(one, other)
+
+
+def test_activations_of_something_else_are_not_trained_on(model, items, tmp_path):
+    first = fitted(model, items, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(fitted(model, items, tmp_path)), strict=True))
+    other = "resume must continue a run of the same plan, got another in .*activations"
+    with pytest.raises(InputError, match=other):
+        fitted(model, items[:5], tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+    with pytest.raises(InputError, match=other):
+        fitted(model, items, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["archetypal_sae", "mp_sae"])

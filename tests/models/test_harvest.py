@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from paucity.checks import InputError, InputTypeError
-from paucity.models.harvest import Hook, find_hook, harvest, kept_tokens, per_head
+from paucity.models.access import per_head
+from paucity.models.harvest import harvest, kept_tokens
+from paucity.models.places import Hook, find_hook
 from paucity.models.substitute import substituted
 from paucity.models.vision import ConvNet, ViT
 
@@ -188,3 +190,103 @@ def test_bad_input(tiny_model):
     pooled = nn.Sequential(nn.Embedding(64, 4), nn.Flatten(), nn.Linear(20, 4))
     with pytest.raises(InputError, match="hooks must give one activation for each token, got 1 for 5 at 2"):
         harvest(pooled, [find_hook(pooled, "2")], ids)
+
+
+def test_what_a_later_place_overwrites_is_as_it_was():
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), torch.randn(5, 4)
+    first, last = find_hook(net, "0"), find_hook(net, "2")
+    assert torch.equal(harvest(net, [first], x)["0"], harvest(net, [first, last], x)["0"])
+
+
+def test_inputs_by_keyword_and_named_outputs_are_substituted(tiny_model):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 5))
+    with torch.no_grad():
+        before = model(ids).logits
+        for name in ("model.layers.1.self_attn.input", "model.layers.1.mlp.input", "model"):
+            hook, seen = find_hook(model, name), []
+            with substituted(model, hook, lambda x, seen=seen: (seen.append(x), torch.zeros_like(x))[1]):
+                assert not torch.equal(model(ids).logits, before), name
+            assert torch.equal(seen[0].flatten(0, 1), harvest(model, [hook], ids)[name])
+
+
+def test_a_decoder_is_masked_by_its_own_tokens():
+    import transformers
+
+    config = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=4,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=50, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BartModel(config).eval()
+    ids, other = torch.randint(3, 50, (2, 7)), torch.randint(3, 50, (2, 4))
+    masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": torch.ones_like(other)}
+    masks["attention_mask"][0, 4:] = masks["decoder_attention_mask"][1, 2:] = 0
+    inputs = {"input_ids": ids, "decoder_input_ids": other} | masks
+    hooks = [find_hook(model, name) for name in ("encoder.residual.0", "decoder.residual.0", "decoder.heads.0.3")]
+    assert [each.shape for each in harvest(model, hooks, inputs).values()] == [(11, 16), (6, 16), (6, 4)]
+    assert hooks[2].module == "decoder.layers.0.self_attn.out_proj"  # not the attention to the encoder
+    with pytest.raises(InputError, match="inputs must hold decoder_input_ids"):
+        harvest(model, [hooks[1]], ids)
+    with pytest.raises(InputError, match=r"one of the model's towers \(encoder.residual.0, decoder.residual.0\)"):
+        find_hook(model, "residual.0")
+
+
+class Turned(nn.Module):
+    """Convolutions inside, channels last outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.act(self.conv(x)).permute(0, 2, 3, 1))
+
+
+def test_channels_are_the_width_wherever_they_are():
+    model, x = nn.Sequential(Turned()), torch.randn(2, 3, 6, 5)
+    found = harvest(model, [find_hook(model, name) for name in ("0.conv", "0.act", "0")], x)
+    assert all(rows.shape == (60, 8) for rows in found.values())
+    assert torch.equal(found["0.act"], found["0.conv"].relu())
+    assert torch.equal(found["0"], model(x).detach().reshape(60, 8))
+    square = harvest(model, [find_hook(model, "0.act")], torch.randn(1, 3, 8, 8))["0.act"]
+    assert square.shape == (64, 8)
+    line = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU())
+    assert harvest(line, [find_hook(line, "1")], torch.randn(2, 3, 11))["1"].shape == (18, 8)
+    seen = []
+    with torch.no_grad(), substituted(model, find_hook(model, "0.act"), lambda rows: (seen.append(rows), 2 * rows)[1]):
+        changed = model(x)
+    assert torch.equal(seen[0].reshape(60, 8), found["0.act"])
+    torch.testing.assert_close(changed - model[0].out.bias, 2 * (model(x) - model[0].out.bias))
+
+
+def test_other_inputs(tiny_model):
+    model, ids = tiny_model("llama"), torch.randint(3, 64, (2, 5))
+    hook = find_hook(model, "residual.0")
+    inputs = {"input_ids": ids, "attention_mask": None, "use_cache": False}
+    assert torch.equal(harvest(model, [hook], inputs)["residual.0"], harvest(model, [hook], ids)["residual.0"])
+    with pytest.raises(InputError, match=r"attention_mask must have shape \[2, 5\]"):
+        harvest(model, [hook], inputs | {"attention_mask": torch.ones(2, 1, 5, 5)})
+    with pytest.raises(InputError, match=r"inputs must be ids \[B, T\] or floats, got torch.uint8"):
+        harvest(model, [hook], torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+    class SequenceFirst(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).transpose(0, 1))
+
+    turned = SequenceFirst(nn.Embedding(64, 4), nn.Linear(4, 4))
+    with pytest.raises(InputError, match=r"hooks must give activations \[B, T, width\], got \[5, 2, 4\] at 1"):
+        harvest(turned, [find_hook(turned, "1")], ids)
+
+
+def test_patches_are_substituted_without_class_tokens():
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    model, pictures = transformers.ViTModel(config).eval(), torch.randn(2, 3, 8, 8)
+    whole, patches = find_hook(model, "residual.0"), find_hook(model, "patches.0")
+    before = harvest(model, [whole], pictures)["residual.0"].view(2, 5, 16)
+    with substituted(model, patches, torch.zeros_like):
+        after = harvest(model, [whole], pictures)["residual.0"].view(2, 5, 16)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert (after[:, 1:] == 0).all()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from paucity.checks import InputError
-from paucity.models.harvest import find_hook, harvest
+from paucity.models.harvest import harvest
 from paucity.models.loss_gradient import harvest_gradients
+from paucity.models.places import find_hook
 from paucity.models.substitute import substituted
 
 

@@ -29,8 +29,9 @@ from ..dictionary.trainer import train
 from ..measure.data import held_out_python, read_text
 from ..measure.stats import share_interval
 from ..measure.tokens import evaluating
-from ..models.harvest import find_hook, harvest, num_heads
+from ..models.harvest import harvest
 from ..models.load import Loaded, load
+from ..models.places import find_hook, num_heads
 from . import CLAIMS
 from .base import ClaimResult
 from .dictionaries import LEARNING_RATE
@@ -141,7 +142,10 @@ class _Job:
     def __init__(self, loaded: Loaded, layers: list[int], quick: bool) -> None:
         self.model, tokenizer = loaded.model, loaded.need_tokenizer(NAME)
         tokens, self.num_tokens, self.dict_size = (8_192, 32_768, 512) if quick else (65_536, 262_144, 1024)
-        self.heads, self.special = num_heads(self.model), tuple(tokenizer.all_special_ids)
+        self.heads, self.special = (
+            num_heads(self.model, find_hook(self.model, "heads.0")),
+            tuple(tokenizer.all_special_ids),
+        )
         items = text_windows(tokenizer, read_text("python", role="training"), LENGTH, max_tokens=tokens)
         hooks = [f"heads.{layer}" for layer in layers]
         harvester = Harvester(self.model, hooks, items, skip_ids=self.special)

@@ -17,9 +17,10 @@ from ..measure.data import held_out_python, python_documents
 from ..measure.quality import Quality, perplexity
 from ..measure.tokens import encode
 from ..models.calibration import calibration_batches
-from ..models.harvest import find_hook, harvest
+from ..models.harvest import harvest
 from ..models.load import Loaded, load
 from ..models.loss_gradient import harvest_gradients
+from ..models.places import find_hook
 from ..models.substitute import substituted
 
 LEARNING_RATE = 4e-3  # of 1, 2, 4 and 8e-3 that with which TopK's error on held-out tokens is least in so few steps

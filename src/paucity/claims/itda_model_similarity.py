@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..dictionary.itda import ITDA, origin_similarity
 from ..measure.data import held_out_python, python_documents
-from ..models.harvest import find_hook, harvest
+from ..models.harvest import harvest
+from ..models.places import find_hook
 from ..training import learning_rate_at
 from . import CLAIMS
 from .base import ClaimResult

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..checks import check_choice, fail
 from ..models.applied import current_work
-from ..models.harvest import find_hook
 from ..models.load import Loaded
+from ..models.places import find_hook
 from ..models.substitute import substituted
 from .base import Dictionary
 from .build import learned

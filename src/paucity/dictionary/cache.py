@@ -8,7 +8,7 @@ whole, and the result is the same to the byte.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_choice, check_int, fail
 from ..folder import Folder, replacing, write_whole
@@ -47,8 +47,10 @@ class Facts(BaseModel):
         dtype: of the tensors.
         texts: what was run, in words.
         digest: of what was run.
+        weights: digest of the model's.
         skip_ids: token ids that were left out.
         num_rows: activations in all.
+        shard_rows: a shard ends with the item that makes it so long.
         shards: the files.
     """
 
@@ -59,8 +61,10 @@ class Facts(BaseModel):
     dtype: str
     texts: str
     digest: str
+    weights: str
     skip_ids: tuple[int, ...]
     num_rows: int
+    shard_rows: int
     shards: tuple[Shard, ...] = ()
 
 
@@ -86,12 +90,12 @@ def write_cache(
         dtype: ``bfloat16`` or ``float32``.
         shard_rows: a shard ends with the item that makes it so long.
         force: replace ``folder``; discard what is unfinished.
-        resume: go on with what is unfinished.
+        resume: go on with what is unfinished; a complete ``folder`` of the same plan is left as it is.
         on_progress: told rows that are written, rows in all, and the file.
 
     Raises:
-        InputError: if ``folder`` may not be written, what is unfinished is of another plan, or an activation is not
-            finite.
+        InputError: if ``folder`` may not be written, what is to go on is of another plan (model, weights, items,
+            hooks, dtype, length of shards), or an activation is not finite.
     """
     check_choice("write_cache", "dtype", dtype, DTYPES)
     check_int("write_cache", "shard_rows", shard_rows)
@@ -101,16 +105,23 @@ def write_cache(
         dtype=dtype,
         texts=texts,
         digest=_digest(harvester.items),
+        weights=_digest_of_weights(harvester.model),
         skip_ids=tuple(sorted(harvester.skip_ids)),
         num_rows=sum(harvester.counts),
+        shard_rows=shard_rows,
     )
+    if resume and not force and (Path(folder) / FILE).is_file():
+        found = read_facts(folder)
+        if found.model_copy(update={"shards": ()}).model_dump_json() != plan.model_dump_json():
+            raise fail("write_cache", "resume", "continue a run of the same plan", f"another in {folder}")
+        return found
     work, shards, done = Folder(Path(folder), "write_cache"), list[Shard](), 0
     work.check(plan, force=force, resume=resume)
     work.open(plan, resume=resume)
     for first, stop in _cuts(harvester.counts, shard_rows):
         shard = Shard(file=f"shard-{len(shards):05d}.safetensors", first=first, counts=harvester.counts[first:stop])
         name = shard.file.removesuffix(".safetensors")
-        if not work.has(name):
+        if not work.has(name) or _fault(work.partial, shard, plan.hooks):
             _write_shard(work.partial / shard.file, harvester, range(first, stop), DTYPES[dtype])
             work.keep(name, shard.model_dump())
         shards.append(shard)
@@ -139,13 +150,9 @@ def read_facts(folder: str | Path) -> Facts:
     except (ValidationError, UnicodeDecodeError):
         raise fail("cached_source", FILE, "be what paucity wrote", path) from None
     for shard in facts.shards:
-        try:
-            with safe_open(path.parent / shard.file, "pt") as file:
-                shapes = [tuple(file.get_slice(name).get_shape()) for name in facts.hooks]
-        except (OSError, SafetensorError) as error:
-            raise fail("cached_source", "shards", "be there and whole", f"{shard.file} ({error})") from None
-        if shapes != [(sum(shard.counts), width) for width in facts.hooks.values()]:
-            raise fail("cached_source", "shards", f"fit {FILE}", f"shapes {shapes} in {shard.file}")
+        fault = _fault(path.parent, shard, facts.hooks)
+        if fault:
+            raise fail("cached_source", "shards", f"be there and whole, and fit {FILE}", f"{shard.file} ({fault})")
     return facts
 
 
@@ -172,12 +179,11 @@ def cached_source(
         for shard in facts.shards
         for number, count in enumerate(shard.counts)
     ]
-    files: dict[str, Any] = {}
+    # Memory maps, for as long as the source lives: the folder may be written anew meanwhile.
+    files: dict[str, Any] = {shard.file: safe_open(folder / shard.file, "pt") for shard in facts.shards}
 
     def read(item: int) -> Tensor:
         file, start, count = places[item]
-        if file not in files:
-            files[file] = safe_open(folder / file, "pt")  # a memory map, for as long as the source lives
         return torch.cat([files[file].get_slice(name)[start : start + count] for name in names], 1)
 
     width = sum(facts.hooks[name] for name in names)
@@ -195,6 +201,16 @@ def _cuts(counts: Sequence[int], shard_rows: int) -> list[tuple[int, int]]:
     return cuts
 
 
+def _fault(folder: Path, shard: Shard, hooks: Mapping[str, int]) -> str:
+    """What is wrong with a shard's file, by its header and its size; nothing if it is whole."""
+    try:
+        with safe_open(folder / shard.file, "pt") as file:
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in hooks]
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return "" if shapes == [(sum(shard.counts), width) for width in hooks.values()] else f"shapes {shapes}"
+
+
 def _write_shard(path: Path, harvester: Harvester, items: range, dtype: torch.dtype) -> None:
     parts: dict[str, list[Tensor]] = {}
     for item in items:
@@ -202,7 +218,7 @@ def _write_shard(path: Path, harvester: Harvester, items: range, dtype: torch.dt
             if not bool(rows.isfinite().all()):
                 raise fail("write_cache", "activations", "be finite", f"NaN or infinity in item {item} at {name}")
             parts.setdefault(name, []).append(rows.to(device="cpu", dtype=dtype))
-        inputs = harvester.items[item]
+        inputs = harvester.tokens(item)
         kept = kept_tokens(inputs, harvester.skip_ids)
         if kept is not None:
             ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
@@ -216,6 +232,24 @@ def _digest(items: Sequence[Inputs]) -> str:
     total = hashlib.sha256()
     for item in items:
         for name, x in [("", item)] if isinstance(item, Tensor) else sorted(item.items()):
+            if not isinstance(x, Tensor):
+                total.update(json.dumps([name, repr(x)]).encode())
+                continue
             total.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
-            total.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(_bytes(x).cpu().numpy().tobytes())
     return total.hexdigest()
+
+
+def _digest_of_weights(model: nn.Module) -> str:
+    """Of every tensor its name, shape and sum of bytes, and a sample of its bytes."""
+    total = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        if isinstance(x, Tensor):
+            held = _bytes(x)
+            total.update(json.dumps([name, str(x.dtype), list(x.shape), int(held.sum())]).encode())
+            total.update(held[:: len(held) // 4096 | 1].cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().flatten().view(torch.uint8)

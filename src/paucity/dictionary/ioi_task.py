@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import check_choice, check_int, check_shape, fail
 from ..measure.stats import Estimate, share_interval
 from ..measure.tokens import device_of, encode, evaluating, forward, leading_ids
-from ..models.harvest import find_hook, harvest
+from ..models.harvest import harvest
+from ..models.places import find_hook
 from ..models.substitute import substituted
 
 ATTRIBUTES = ("answer", "other", "order")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import check_int, fail
 from ..measure.tokens import encode, leading_ids
 from ..models.calibration import stacked
-from ..models.sites import find_sites
+from ..models.places import find_places
 from .base import Dictionary, Progress
 from .build import accepts, build
 from .cache import cached_source, write_cache
@@ -98,11 +98,11 @@ def middle_hook(model: nn.Module) -> str:
     """The residual stream behind the middle block.
 
     Raises:
-        InputError: if the model has no blocks.
+        InputError: if the model has no blocks, or several towers of which none is a language model.
     """
-    layers = sorted({site.layer for site in find_sites(model) if site.layer is not None})
+    layers = sorted(int(name.split(".")[1]) for name in find_places(model) if name.startswith("residual."))
     if not layers:
-        raise fail("dictionary", "model", "have blocks, or a hook be given", type(model).__name__)
+        raise fail("dictionary", "model", "have one row of blocks, or a hook be given", type(model).__name__)
     return f"residual.{layers[(len(layers) - 1) // 2]}"
 
 
@@ -133,7 +133,8 @@ def fit_on(
         on_progress: told what is done, of how much, and in words.
 
     Raises:
-        InputError: if the method, an option, a hook or an item does not fit; before anything is trained.
+        InputError: if the method, an option, a hook or an item does not fit, or ``keep`` holds activations of another
+            model or other items; before anything is trained.
     """
     tell = on_progress or _silent
     hooks = options.hooks or (middle_hook(model),)
@@ -145,7 +146,7 @@ def fit_on(
     ]
     if any(one.needs_gradient for plan in made for one in plan):
         raise fail("dictionary", "method", "need no gradients (train it from Python, with a source of them)", method)
-    if keep is not None and not options.live and not (keep / "activations").exists():
+    if keep is not None and not options.live:
         write_cache(keep / "activations", harvester, model=source, texts=texts, resume=True, on_progress=tell)
     found = []
     for place, (hook, plan, each) in enumerate(zip(hooks, plans, made, strict=True)):

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from ..checks import fail
 from ..measure.codes import Firing, firing
 from ..measure.tokens import device_of, evaluating, forward
-from ..models.harvest import Hook, find_hook, harvest, kept_tokens
+from ..models.harvest import harvest, kept_tokens
+from ..models.places import Hook, find_hook
 from ..models.substitute import substituted
 from .base import Dictionary
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..models.calibration import as_batches
-from ..models.harvest import Hook, Inputs, find_hook, harvest, kept_tokens
+from ..models.harvest import Inputs, harvest, kept_tokens, tokens_at
+from ..models.places import Hook, find_hook
 from .mixing import MixedSource
 from .sources import ActivationSource
 
@@ -22,7 +23,7 @@ class Harvester:
 
     Args:
         model: run as it is, without gradients.
-        hooks: places by name, see `paucity.models.harvest`; in this order they stand in a row.
+        hooks: places by name, see `paucity.models.places`; in this order they stand in a row.
         items: what is one forward each: ids ``[B, T]``, pixels ``[B, C, H, W]``, or a mapping of the model's arguments.
         skip_ids: token ids whose activations are left out; padding is, too.
 
@@ -32,7 +33,7 @@ class Harvester:
         counts: rows of each item.
 
     Raises:
-        InputError: if there are no items or hooks, one does not fit the model, or no row is left.
+        InputError: if there are no items or hooks, one does not fit the model, they differ in rows, or no row is left.
     """
 
     def __init__(
@@ -55,8 +56,20 @@ class Harvester:
         self.widths = [part.shape[1] for part in self.parts(first).values()]
 
     def parts(self, item: int) -> dict[str, Tensor]:
-        """The rows of an item by hook, in the model's dtype, on its device."""
-        return harvest(self.model, self.hooks, self.items[item], skip_ids=self.skip_ids)
+        """The rows of an item by hook, in the model's dtype, on its device.
+
+        Raises:
+            InputError: if hooks give different numbers of rows.
+        """
+        found = harvest(self.model, self.hooks, self.items[item], skip_ids=self.skip_ids)
+        counts = {name: len(rows) for name, rows in found.items()}
+        if len(set(counts.values())) > 1:
+            raise fail("Harvester", "hooks", "give the same number of rows", f"{counts} in item {item}")
+        return found
+
+    def tokens(self, item: int) -> Inputs:
+        """What of an item is read where the first hook is; see `paucity.models.harvest.tokens_at`."""
+        return tokens_at(self.model, self.hooks[0], self.items[item])
 
     def rows(self, item: int) -> Tensor:
         """The rows of an item, all hooks side by side."""
@@ -65,11 +78,12 @@ class Harvester:
     def _counts(self) -> Iterator[int]:
         shapes: dict[Any, int] = {}
         for number, item in enumerate(self.items):
-            kept = kept_tokens(item, self.skip_ids)
+            kept = kept_tokens(self.tokens(number), self.skip_ids)
             if kept is not None:
                 yield int(kept.sum())
                 continue
-            shape = item.shape if isinstance(item, Tensor) else tuple((n, x.shape) for n, x in sorted(item.items()))
+            parts = [("", item)] if isinstance(item, Tensor) else sorted(item.items())
+            shape = tuple((name, getattr(x, "shape", None)) for name, x in parts)
             if shape not in shapes:  # pictures of one size have as many patches
                 shapes[shape] = len(next(iter(self.parts(number).values())))
             yield shapes[shape]

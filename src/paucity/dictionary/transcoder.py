@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import InputTypeError, check_int, check_ndim, check_range, check_shape, fail
-from ..models.harvest import find_hook
+from ..models.places import find_hook, mlp_input
 from ..ops.formats import Codes
 from .base import Batch, Dictionary, Objective
 from .relu import ReLU
@@ -64,8 +64,8 @@ def mlp_hooks(model: nn.Module, layer: int) -> tuple[str, str]:
     Raises:
         InputError: if the model has no such layer.
     """
-    hook = find_hook(model, f"mlp.{layer}")
-    return f"{hook.module}.input", hook.name
+    mlp = find_hook(model, f"mlp.{layer}")
+    return mlp_input(model, mlp), mlp.name
 
 
 class Transcoder(Dictionary):

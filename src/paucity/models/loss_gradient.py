@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..measure.tokens import check_batch, device_of, evaluating, forward
-from .harvest import Hook, kept_tokens
+from .harvest import kept_tokens
+from .places import Hook
 from .substitute import substituted
 
 
@@ -21,7 +22,7 @@ def harvest_gradients(
 
     Args:
         model: a causal language model, run in eval mode; its mode is put back.
-        hook: from `paucity.models.harvest.find_hook`; a place whose activations are ``[B, T, width]``, no single head.
+        hook: from `paucity.models.places.find_hook`; a place whose activations are ``[B, T, width]``, no single head.
         ids: int64 ``[B, T]``, without padding.
         skip_ids: token ids whose rows are left out.
 
