@@ -148,6 +148,7 @@ class Archetypal(Dictionary):
         if plan.normalise:
             scale = math.sqrt(sample.shape[1]) / max(float(sample.norm(dim=1).mean()), 1e-12)
         self.place(centroids * scale, sample * scale)
+        self.is_fit = False  # it stands in the unit of the training that comes
         return train(self, source, options=plan, **given)
 
     def settings(self) -> dict[str, Any]:

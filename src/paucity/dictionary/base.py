@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import InputTypeError, check_int, check_shape
+from ..checks import InputTypeError, check_int, check_shape, fail
 from ..kernels.codes import decode_codes
 from ..kernels.dispatch import check_computable
 from ..ops.formats import Codes
@@ -84,6 +84,7 @@ class Dictionary(nn.Module, ABC):
 
     Attributes:
         needs_gradient: whether `objective` wants the gradient of a model's loss in its batches.
+        is_fit: whether it was trained or read, so that a training goes on from where it is.
     """
 
     needs_gradient: bool = False
@@ -94,6 +95,7 @@ class Dictionary(nn.Module, ABC):
         check_int(name, "input_size", input_size)
         check_int(name, "dict_size", dict_size)
         self.input_size, self.dict_size = input_size, dict_size
+        self.is_fit = False
 
     @property
     @abstractmethod
@@ -133,6 +135,11 @@ class Dictionary(nn.Module, ABC):
             f"objective: {type(self).__name__} must be trained by gradient, got one that is fit whole."
         )
 
+    def start_at(self, mean: Tensor) -> None:
+        """Put the offset where the activations are before a first training; called without gradients."""
+        if isinstance(self.offset, nn.Parameter) and len(self.offset) == len(mean):
+            self.offset.copy_(mean)
+
     def before_step(self) -> None:
         """Change gradients before the optimizer sees them; called without gradients."""
 
@@ -153,7 +160,9 @@ class Dictionary(nn.Module, ABC):
         """Take on the sizes of a checkpoint, whose tensors come next, where `fit` and not the settings fix them."""
 
     def check_input(self, x: Tensor) -> None:
-        """Raise InputError or InputTypeError unless ``x`` is ``[..., input_size]`` of floats."""
+        """Raise InputError or InputTypeError unless ``x`` is ``[..., input_size]`` of finite floats."""
         name = f"{type(self).__name__}.encode"
         check_computable(name, "x", x)
         check_shape(name, "x", x, *x.shape[:-1], self.input_size)
+        if not bool(x.isfinite().all()):
+            raise fail(name, "x", "be finite", "NaN or infinity")

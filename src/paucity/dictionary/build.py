@@ -39,7 +39,7 @@ def build(method: str, input_size: int, dict_size: int, options: Mapping[str, An
         if name not in own and name not in outer:
             raise fail("dictionary", name, f"be left out for {method}, which has no such option", given[name])
     inner = {name: value for name, value in given.items() if name in own}
-    rest = {name: value for name, value in given.items() if name not in own}
+    rest = {name: value for name, value in given.items() if name in outer}
     made = SparseAutoencoder(input_size, dict_size, target(**inner), **rest) if is_rule else None
     found: Dictionary = made if made is not None else target(input_size, dict_size, **rest)
     return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def save(training: "Training", folder: Path) -> None:
     """Write a checkpoint; the one before is there until it is whole. Only the first of several processes writes."""
-    if not parallel.is_first():
+    if parallel.rank():
         return
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ def resume(training: "Training", folder: Path) -> None:
         one.load_state_dict(
             {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
         )
-        training.silent[number] = tensors[f"{number}.silent"]
+        training.silent[number] = tensors[f"{number}.silent"].to(training.device)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith(f"{number}.adam."):

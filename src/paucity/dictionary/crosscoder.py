@@ -125,6 +125,10 @@ class Crosscoder(Dictionary):
         penalty = self.l1 * warmed(batch, self.warmup) * paid.sum(-1).mean()
         return Objective(error + penalty, codes, reconstruction / columns, {"error": error, "l1": penalty})
 
+    def start_at(self, mean: Tensor) -> None:
+        """See `Dictionary.start_at`."""
+        self.decoder_bias.copy_(mean * self._columns())
+
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Biases times ``factor``: codes are then as much larger as activations are."""

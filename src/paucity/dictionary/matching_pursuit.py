@@ -32,7 +32,8 @@ class MatchingPursuit(Dictionary):
         input_size: width of an activation.
         dict_size: number of atoms.
         k: most steps; it may be changed at any time.
-        tolerance: a row ends after a step that leaves a residual of a smaller norm; in the unit of the activations.
+        tolerance: a row ends after a step that leaves a residual of a smaller norm; in the unit of the activations,
+            of the scaled ones while training (`TrainOptions.normalise`).
         stop_on_repeat: a row ends after a step that takes an atom again.
         centre: whether there is an offset, which is taken off first; the paper's experiments on a tree have none.
         unit: keep atoms at norm 1.
@@ -65,7 +66,7 @@ class MatchingPursuit(Dictionary):
         self.decoder = nn.Parameter(F.normalize(torch.randn(dict_size, input_size, generator=generator), dim=1))
         self.centre, self.unit = centre, unit
         self.decoder_bias = nn.Parameter(torch.zeros(input_size)) if centre else None
-        self._products: tuple[tuple[int, int], Tensor | None] | None = None
+        self._products: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def atoms(self) -> Tensor:
@@ -89,9 +90,11 @@ class MatchingPursuit(Dictionary):
         return matching_pursuit(x, self.decoder, self.k, products=held, **options)
 
     def _held(self) -> Tensor | None:
-        state = (self.decoder.data_ptr(), self.decoder._version)
-        if self._products is None or self._products[0] != state:
-            self._products = (state, atom_products(self.decoder.detach()))
+        atoms = self.decoder.detach()
+        held = None if self._products is None else self._products[0]
+        if held is None or held.device != atoms.device or held.dtype != atoms.dtype or not torch.equal(held, atoms):
+            self._products = (atoms.clone(), atom_products(atoms))
+        assert self._products is not None
         return self._products[1]
 
     def objective(self, batch: Batch) -> Objective:

@@ -77,10 +77,15 @@ class NMF(Dictionary):
         rows = whole(activations, "NMF.fit", self.input_size)
         if (rows < 0).any():
             raise fail("NMF.fit", "activations", "not be negative", "negative entries")
-        given = {"init": "nndsvda", "max_iter": 400, "alpha_H": 0.0, "l1_ratio": 1.0} | options
+        start = "nndsvda" if self.dict_size <= min(rows.shape) else "random"
+        given = {"init": start, "max_iter": 400, "alpha_H": 0.0, "l1_ratio": 1.0} | options
         found = Estimator(self.dict_size, alpha_W=self.penalty, random_state=self.seed, **given).fit(rows)
         self._atoms.copy_(torch.from_numpy(found.components_))
         return found
+
+    def rescale(self, factor: float) -> None:
+        """The penalty has the unit of an activation."""
+        self.penalty *= factor
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""

@@ -46,9 +46,9 @@ class OnlineLearning(Dictionary):
         super().__init__(input_size, dict_size)
         check_choice("OnlineLearning", "algorithm", algorithm, ALGORITHMS)
         check_range("OnlineLearning", "penalty", penalty, 0)
-        check_int("OnlineLearning", "k", k, 1, dict_size)
-        if nonnegative and algorithm == "omp":
-            raise fail("OnlineLearning", "nonnegative", "be False for omp", True)
+        check_int("OnlineLearning", "k", k, 1, dict_size if algorithm in ("lars", "omp") else None)
+        if nonnegative and algorithm in ("lars", "omp"):
+            raise fail("OnlineLearning", "nonnegative", f"be False for {algorithm}", True)
         self.algorithm, self.penalty, self.k, self.nonnegative, self.seed = algorithm, penalty, k, nonnegative, seed
         self.register_buffer("_atoms", torch.zeros(dict_size, input_size))
 
@@ -60,6 +60,8 @@ class OnlineLearning(Dictionary):
     def encode(self, x: Tensor) -> Codes:
         """See `Dictionary.encode`; on the CPU, without gradient."""
         self.check_input(x)
+        if not bool(self._atoms.any()):
+            raise fail("OnlineLearning.encode", "the dictionary", "be fit first", "no atoms")
         return scikit_codes(
             x,
             self._atoms,
@@ -93,6 +95,10 @@ class OnlineLearning(Dictionary):
         atoms = torch.from_numpy(found.components_).float()
         self._atoms.copy_(atoms / atoms.norm(dim=1, keepdim=True).clamp_min(1e-12))
         return found
+
+    def rescale(self, factor: float) -> None:
+        """The penalty has the unit of an activation."""
+        self.penalty *= factor
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""

@@ -11,9 +11,9 @@ def size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Whether this one writes."""
-    return size() == 1 or distributed.get_rank() == 0
+def rank() -> int:
+    """Which of them this is."""
+    return distributed.get_rank() if size() > 1 else 0
 
 
 def spread(tensors: Iterable[Tensor]) -> None:

@@ -34,8 +34,10 @@ class Rule(nn.Module, ABC):
     Attributes:
         signed: whether values may be negative.
         needs_gradient: see `Dictionary.needs_gradient`.
+        is_attached: whether an autoencoder has it.
     """
 
+    is_attached: bool = False
     signed: bool = False
     needs_gradient: bool = False
 
@@ -125,7 +127,9 @@ class SparseAutoencoder(Dictionary):
         self.encoder_bias = nn.Parameter(torch.zeros(dict_size))
         self.decoder = nn.Parameter(atoms.clone())
         self.decoder_bias = nn.Parameter(torch.zeros(output_size))
-        self.rule, self.needs_gradient = rule, rule.needs_gradient
+        if rule.is_attached:
+            raise fail(name, "rule", "be no other autoencoder's", type(rule).__name__)
+        self.rule, self.needs_gradient, rule.is_attached = rule, rule.needs_gradient, True
         rule.attach(self)
 
     @property

@@ -32,7 +32,8 @@ class SparseCoding(Dictionary):
         input_size: width of an activation.
         dict_size: number of atoms.
         coder: ``ista`` and ``fista`` (l1), ``hard`` (l0), ``cel0`` or ``omp``.
-        penalty: ``lambda`` of all but ``omp``, for activations as they are given to `encode`.
+        penalty: ``lambda`` of all but ``omp``, for activations as they are given to `encode`, for the scaled ones
+            while training (`TrainOptions.normalise`).
         k: entries of a code of ``omp``.
         num_steps: most steps of the others.
         nonnegative: whether codes of the others are cut off below 0.
@@ -57,7 +58,7 @@ class SparseCoding(Dictionary):
         super().__init__(input_size, dict_size)
         check_choice("SparseCoding", "coder", coder, CODERS)
         check_range("SparseCoding", "penalty", penalty, 0)
-        check_int("SparseCoding", "k", k, 1, min(input_size, dict_size))
+        check_int("SparseCoding", "k", k, 1, min(input_size, dict_size) if coder == "omp" else None)
         check_int("SparseCoding", "num_steps", num_steps)
         if nonnegative and coder == "omp":
             raise fail("SparseCoding", "nonnegative", "be False for omp", True)

@@ -60,6 +60,8 @@ class SparseConceptCoding(Dictionary):
     def encode(self, x: Tensor) -> Codes:
         """See `Dictionary.encode`; on the CPU, without gradient; codes have either sign."""
         self.check_input(x)
+        if not bool(self._atoms.any()):
+            raise fail("SparseConceptCoding.encode", "the dictionary", "be fit first", "no atoms")
         return scikit_codes(x, self._atoms, algorithm="lars", k=self.k)
 
     def fit(self, activations: Tensor) -> Tensor:  # type: ignore[override]

@@ -82,6 +82,7 @@ def fill(function: str, dictionary: Dictionary, tensors: Mapping[str, Tensor], n
             raise fail(function, "source", what, list(tensor.shape))
         if name in learned and not bool(tensor.isfinite().all()):
             raise fail(function, "source", f"hold finite numbers in {said({name})}", "NaN or infinity")
+    dictionary.is_fit = True
     dictionary.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
     dictionary.eval()
 

@@ -81,6 +81,9 @@ def train(
 ) -> Trained:
     """Train one dictionary in place, or many on the same batches.
 
+    A dictionary that was trained or read before goes on from where it is, whatever the scale of the activations was:
+    its offset stays, its thresholds and biases are brought into the unit of this training. The optimizer starts anew.
+
     Several processes train the same dictionaries where `torch.distributed` has a group: each calls this with
     dictionaries of the same settings and a source of its own, from which it takes its part of every batch. Gradients
     and what rules estimate are averaged; all end with the same dictionaries. The first process writes checkpoints.
@@ -110,6 +113,9 @@ def train(
         if wide != (source.output_size or source.input_size):
             got = source.output_size or source.input_size
             raise fail("train", "activations", f"come with targets {wide} wide, like the dictionary's", got)
+        at = (one.atoms.dtype, one.atoms.device)
+        if at[0] not in (torch.float32, torch.float64) or at != (each[0].atoms.dtype, each[0].atoms.device):
+            raise fail("train", "dictionary", "be float32 or float64, and all alike and on one device", at)
         if one.needs_gradient and not source.has_gradient:
             raise fail("train", "activations", "come with gradients, which the dictionary needs", "none")
     if options.batch_size % parallel.size():
@@ -135,7 +141,8 @@ class Training:
         self.total = math.ceil(options.num_tokens / options.batch_size)
         self.step, self.seconds, self.scale = 0, 0.0, 1.0
         self.history: list[Progress] = []
-        self.silent = [torch.zeros(one.dict_size, dtype=torch.int64) for one in each]
+        self.device, self.dtype = each[0].atoms.device, each[0].atoms.dtype
+        self.silent = [torch.zeros(one.dict_size, dtype=torch.int64, device=self.device) for one in each]
         self.optimizers = [
             Adam(list(one.parameters()), lr=options.learning_rate, betas=options.betas, fused=True) for one in each
         ]
@@ -144,17 +151,19 @@ class Training:
         sampled = next(source.rows(max(self.part, 1024)))
         first = self._checked(sampled.x)
         if options.normalise:
-            norm = parallel.averaged(first.float().norm(dim=1).mean())
+            norm = parallel.averaged(first.to(self.device, self.dtype).norm(dim=1).mean())
             self.scale = math.sqrt(first.shape[1]) / max(float(norm), 1e-12)
-        if options.centre:
-            self._centre(first if sampled.target is None else sampled.target)
+        self._start(first if sampled.target is None else sampled.target)
 
     @torch.no_grad()
-    def _centre(self, first: Tensor) -> None:
-        mean = parallel.averaged((first.float() * self.scale).mean(0))
+    def _start(self, first: Tensor) -> None:
+        """What is fit already comes into the training's unit; of the others offsets are put at the mean."""
+        mean = parallel.averaged((first.to(self.device, self.dtype) * self.scale).mean(0))
         for one in self.each:
-            if isinstance(one.offset, torch.nn.Parameter) and len(one.offset) == first.shape[1]:
-                one.offset.copy_(mean)
+            if one.is_fit:
+                one.rescale(self.scale)
+            elif self.options.centre:
+                one.start_at(mean)
 
     def run(self, keep: Path | None, tell: Tell, started: float) -> None:
         """From the step where the job is to its end; then the scale is folded into the dictionaries."""
@@ -174,6 +183,7 @@ class Training:
         for one in self.each:
             one.eval()
             one.rescale(1 / self.scale)
+            one.is_fit = True
 
     def _checked(self, x: Tensor) -> Tensor:
         check_shape("train", "activations", x, None, self.source.input_size)
@@ -190,9 +200,9 @@ class Training:
     def take(self, rows: Rows) -> Progress:
         """One step with the next ``rows`` (of this process)."""
         factor = learning_rate_at(self.step, self.total, self.options.warmup, self.options.decay)
-        x = self._checked(rows.x).float() * self.scale
-        gradient = None if rows.gradient is None else rows.gradient.float() / self.scale  # of the scaled activations
-        target = x if rows.target is None else self._checked_target(rows.target).float() * self.scale
+        x = self._checked(rows.x).to(self.device, self.dtype) * self.scale
+        gradient = None if rows.gradient is None else rows.gradient.to(x) / self.scale  # of the scaled activations
+        target = x if rows.target is None else self._checked_target(rows.target).to(x) * self.scale
         variance = float((target - target.mean(0)).square().sum(1).mean())
         found = [
             self._descend(one, Batch(x, target, silent, self.step, self.total, gradient), optimizer, factor)

@@ -21,6 +21,7 @@ from ..checks import check_int, check_range
 from ..kernels.codes import encode_kept
 from ..kernels.select import topk
 from ..ops.formats import Codes
+from . import parallel
 from .base import Batch
 from .rules import warmed
 from .sae import Draft, Rule, SparseAutoencoder
@@ -68,7 +69,7 @@ class Variational(Rule):
 
     def train_codes(self, sae: SparseAutoencoder, batch: Batch) -> Draft:
         """See `Rule.train_codes`."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + batch.step)
+        generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1_009 * parallel.rank()) + batch.step)
         with torch.no_grad():
             mean = sae.pre(batch.x).relu_()
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)

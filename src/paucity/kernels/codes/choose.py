@@ -35,7 +35,7 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, by_abs: bool)
     found = []
     for part in torch.split(x, size):
         rows = _widened(part, None if bias is None else x.new_ones(len(part)))
-        rough, candidates = topk(F.linear(rows.bfloat16(), halves), wide, by_abs=by_abs)
+        rough, candidates = topk(_product(rows.bfloat16(), halves), wide, by_abs=by_abs)
         candidates = candidates.sort(dim=1).values  # of equal entries the lower position wins
         values, order = topk(op.gather_dot(part, candidates, weight, bias), k, by_abs=by_abs)
         best = candidates.gather(1, order.long())
@@ -54,6 +54,17 @@ def fast_halves(x: Tensor) -> bool:
     if x.dtype != torch.float32 or requested() == "reference" or not len(x):
         return False
     return _cpu_has_halves() if x.device.type == "cpu" else x.is_cuda and torch.cuda.is_bf16_supported(False)
+
+
+def _product(rows: Tensor, table: Tensor) -> Tensor:
+    """``rows @ table.T`` in bfloat16 with sums in float32, which a GPU may be told to leave."""
+    settings = torch.backends.cuda.matmul
+    reduced = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        return F.linear(rows, table)
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = reduced
 
 
 @functools.cache

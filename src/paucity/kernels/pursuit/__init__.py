@@ -6,12 +6,13 @@ from torch import Tensor
 from ...checks import check_shape
 from ...ops.formats import Codes
 from ...ops.pursuit import check_pursuit
-from ..dispatch import check_computable, check_devices
+from ..dispatch import check_computable, check_devices, without_autocast
 from . import op
 
 __all__ = ["atom_products", "matching_pursuit"]
 
 
+@without_autocast
 def matching_pursuit(
     x: Tensor,
     atoms: Tensor,
@@ -52,6 +53,7 @@ def matching_pursuit(
     return Codes(values.view(shape), indices.view(shape), len(atoms))
 
 
+@without_autocast
 @torch.no_grad()
 def atom_products(atoms: Tensor) -> Tensor | None:
     """The products of all pairs of ``atoms [dict_size, d]``; None where `matching_pursuit` would not use them."""
