@@ -180,10 +180,10 @@ def test_a_broken_cache_is_refused(tiny_model, texts, tmp_path):
         cached_source(tmp_path)
     shard = tmp_path / "c" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(InputError, match="shards must be there and whole, .*got shard-00001"):
+    with pytest.raises(InputError, match=r"shards must be there and whole, .*got shard-00001"):
         cached_source(tmp_path / "c")
     shard.unlink()
-    with pytest.raises(InputError, match="shards must be there and whole, .*got shard-00001"):
+    with pytest.raises(InputError, match=r"shards must be there and whole, .*got shard-00001"):
         cached_source(tmp_path / "c")
     facts = json.loads((tmp_path / "c" / "activations.json").read_text()) | {"surprise": 1}
     (tmp_path / "c" / "activations.json").write_text(json.dumps(facts))
@@ -200,9 +200,9 @@ def test_bad_activations_and_items_are_refused(tiny_model, texts, tmp_path):
     with pytest.raises(InputError, match="items must hold a token that is neither padding nor special"):
         live_source(model, "residual.0", [torch.full((1, 4), 1)], skip_ids=(1,))
     pictures = [torch.randn(2, 1, 28, 28)]
-    differ = r"hooks must give the same number of rows, got {'patches.0': 98, 'residual.0': 100} in item 0"
+    differ = r"hooks must give the same number of rows, got {'patches.0': 98, 'head': 2} in item 0"
     with pytest.raises(InputError, match=differ):
-        Harvester(ViT(dim=16, depth=2, heads=2).eval(), ["patches.0", "residual.0"], pictures)
+        Harvester(ViT(dim=16, depth=2, heads=2).eval(), ["patches.0", "head"], pictures)
     with pytest.raises(InputError, match=r"token ids from 0 to 63, got 64"):
         live_source(model, "residual.0", [torch.tensor([[64]])])
     with pytest.raises(InputError, match=r"the nearest are residual.0"):
