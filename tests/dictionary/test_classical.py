@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from paucity.checks import InputError
 from paucity.dictionary.ksvd import KSVD
+from paucity.dictionary.matching_pursuit import MatchingPursuit
 from paucity.dictionary.nmf import NMF
 from paucity.dictionary.online_learning import OnlineLearning
 from paucity.dictionary.sparse_coding import SparseCoding, penalty_for
@@ -232,3 +233,37 @@ def test_bad_input():
         OnlineLearning(12, 18, algorithm="omp", nonnegative=True)
     with pytest.raises(InputError, match="coder must have a penalty, got omp"):
         penalty_for(SparseCoding(12, 18, "omp"), x, 3.0)
+
+
+def test_options_that_are_not_used_and_what_was_not_fit():
+    assert SparseCoding(4, 16, "ista").k == OnlineLearning(8, 4).k == 8
+    with pytest.raises(InputError, match="nonnegative must be False for lars"):
+        OnlineLearning(4, 8, algorithm="lars", nonnegative=True)
+    for unfit in (OnlineLearning(4, 8), SparseConceptCoding(4, 3, k=2), NMF(4, 8)):
+        with pytest.raises(InputError, match="be fit first"):
+            unfit.encode(torch.rand(2, 4))
+
+
+def test_more_atoms_than_dimensions_factorise():
+    x = torch.rand(60, 5, generator=torch.Generator().manual_seed(0))
+    found = NMF(5, 12, seed=0)
+    found.fit(x)
+    assert float((found(x) - x).norm() / x.norm()) < 0.1
+
+
+def test_penalties_follow_the_scale():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    found = OnlineLearning(6, 9, algorithm="lasso_lars", penalty=0.1)
+    found.fit(x)
+    before = found.encode(x).to_dense()
+    found.rescale(10.0)
+    torch.testing.assert_close(found.encode(10 * x).to_dense() / 10, before, atol=1e-3, rtol=1e-3)
+
+
+def test_pursuit_sees_atoms_that_were_written_behind_its_back():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 16, generator=generator)
+    found = MatchingPursuit(16, 200, 8, centre=False).eval()
+    found(x)
+    found.decoder.data.copy_(torch.nn.functional.normalize(torch.randn(200, 16, generator=generator), dim=1))
+    torch.testing.assert_close(found(x), found.train()(x))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from paucity.checks import InputError, InputTypeError
 from paucity.dictionary.abs_topk import AbsTopK
 from paucity.dictionary.base import Batch
+from paucity.dictionary.build import accepts, build, learned
 from paucity.dictionary.sae import SparseAutoencoder, prefix
 from paucity.dictionary.topk import TopK
 from paucity.ops.formats import Codes
@@ -153,3 +154,23 @@ def test_bad_input():
         SparseAutoencoder(D, M, TopK(K), auxiliary=-1)
     with pytest.raises(InputError, match=r"prefixes must ascend within \(0, 20\), got \(20,\)"):
         SparseAutoencoder(D, M, TopK(K), prefixes=(20,))
+
+
+def test_a_rule_belongs_to_one_autoencoder():
+    rule = TopK(2)
+    SparseAutoencoder(4, 8, rule)
+    with pytest.raises(InputError, match="rule must be no other autoencoder's"):
+        SparseAutoencoder(4, 16, rule)
+
+
+@pytest.mark.parametrize("method", learned())
+def test_what_is_not_finite_is_refused_and_seeds_are_of_the_atoms(method):
+    few = {"k": 2} if accepts(method, "k") else {}
+    first, second = (build(method, 4, 8, {"seed": seed} | few) for seed in (0, 1))
+    x = torch.ones(3, 4)
+    x[1, 2] = float("nan")
+    with pytest.raises(InputError, match="x must be finite, got NaN"):
+        first.encode(x)
+    if accepts(method, "seed"):
+        drawn = [next(value for name, value in one.named_parameters() if "coder" in name) for one in (first, second)]
+        assert not torch.equal(*drawn)

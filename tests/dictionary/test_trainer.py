@@ -7,6 +7,9 @@ from pydantic import ValidationError
 from paucity.checks import InputError, InputTypeError
 from paucity.dictionary import checkpoint
 from paucity.dictionary.batch_topk import BatchTopK
+from paucity.dictionary.build import accepts, build
+from paucity.dictionary.crosscoder import Crosscoder
+from paucity.dictionary.files import load_dictionary, save_dictionary
 from paucity.dictionary.jumprelu import JumpReLU
 from paucity.dictionary.sae import SparseAutoencoder
 from paucity.dictionary.sources import ActivationSource, TensorSource
@@ -207,3 +210,38 @@ def test_products_in_bfloat16_train_about_as_well():
     assert found.history[-1].fvu == pytest.approx(expected.history[-1].fvu, rel=0.1)
     assert not same(states(*whole[:2]), states(*half[:2]))
     assert same(states(whole[2]), states(half[2]))  # chosen exactly in either
+
+
+LOUD = {"num_tokens": 4000, "batch_size": 100, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("method", ["relu_sae", "gated_sae", "jumprelu_sae", "batch_topk_sae", "topk_sae", "mp_sae"])
+def test_a_second_training_goes_on_from_the_first(method, tmp_path):
+    """Whatever the scale of the activations is, and from a file too."""
+    x = 50 * data(400) + 20
+    first = build(method, D, M, {"seed": 1} | ({"k": 3} if accepts(method, "k") else {}))
+    end = train(first, x, **LOUD).history[-1].fvu[0]
+    save_dictionary(first, tmp_path / "kept")
+    before = [value.clone() for value in first.parameters()]
+    for one in (first, load_dictionary(tmp_path / "kept")):
+        still = train(one, x, **LOUD | {"learning_rate": 1e-12, "num_tokens": 100})
+        assert still.history[0].fvu[0] == pytest.approx(end, rel=0.3, abs=0.02)
+        for a, b in zip(one.parameters(), before, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_crosscoder_starts_at_the_mean():
+    x = data(200) + 20
+    started = train(Crosscoder((2, 3), M), x, **SHORT | {"learning_rate": 1e-12}).history[0].fvu[0]
+    assert started < 3
+    assert train(Crosscoder((2, 3), M), x, **SHORT | {"centre": False}).history[0].fvu[0] > 10
+
+
+def test_dtypes_that_are_trained():
+    exact = make().double()
+    train(exact, data().double(), **SHORT)
+    assert exact.decoder.dtype == torch.float64
+    with pytest.raises(InputError, match="be float32 or float64"):
+        train(make().bfloat16(), data(), **SHORT)
+    with pytest.raises(InputError, match="all alike"):
+        train([make(), make().double()], data(), **SHORT)

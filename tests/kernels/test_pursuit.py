@@ -164,3 +164,17 @@ def test_bad_input():
     with pytest.raises(InputError, match=r"products must have shape \[6, 6\]"):
         matching_pursuit(x, atoms, 2, products=torch.ones(5, 5))
     assert atom_products(atoms) is None or atom_products(atoms).shape == (6, 6)
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_autocast_changes_nothing(k):
+    generator = torch.Generator().manual_seed(0)
+    x, atoms = torch.randn(300, 32, generator=generator), torch.randn(100, 32, generator=generator)
+    atoms = torch.nn.functional.normalize(atoms, dim=1)
+    expected, products = matching_pursuit(x, atoms, k), atom_products(atoms)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, made = matching_pursuit(x, atoms, k), atom_products(atoms)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.indices, expected.indices)
+    assert (made is None) == (products is None)
+    assert made is None or torch.equal(made, products)
