@@ -195,7 +195,14 @@ def test_the_hub_is_asked_for_what_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "snapshot_download", download)
     assert isinstance(load_dictionary("someone/some.saes/layers.3/mlp"), SparseAutoencoder)
     assert asked[0][0] == "someone/some.saes"
-    assert "layers.3/mlp/*.safetensors" in asked[0][1]
+    assert "layers.3/mlp/dictionary.safetensors" in asked[0][1]
+    assert not any("*" in pattern or pattern.endswith(".pt") for pattern in asked[0][1])
+    listed = ["layers.3/mlp/sae.safetensors", "layers.9/ae.pt", "README.md"]
+    monkeypatch.setattr(files, "list_repo_files", lambda name: listed)
+    with pytest.raises(InputError, match=r"there is someone/some\.saes/layers.3/mlp"):
+        load_dictionary("someone/some.saes")
+    with pytest.raises(InputError, match=r"be safetensors: a pickle .*got someone/some.saes/layers.9/ae.pt"):
+        load_dictionary("someone/some.saes/layers.9")
 
     def unreachable(name, allow_patterns):
         raise OSError("no network\nat all")

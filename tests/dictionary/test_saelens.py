@@ -18,7 +18,7 @@ from paucity.checks import InputError
 from paucity.dictionary.abs_topk import AbsTopK
 from paucity.dictionary.batch_topk import BatchTopK
 from paucity.dictionary.feature_choice import FeatureChoice
-from paucity.dictionary.files import load_dictionary
+from paucity.dictionary.files import load_dictionary, save_dictionary
 from paucity.dictionary.gated import Gated
 from paucity.dictionary.jumprelu import JumpReLU
 from paucity.dictionary.matching_pursuit import MatchingPursuit
@@ -157,7 +157,7 @@ def test_what_older_versions_wrote(tmp_path):
     old = {"metadata": {}, "hook_point": "blocks.0", "normalize_activations": False, "architecture": "standard"}
     config, stored = written(tmp_path, **old, activation_fn_str="topk", activation_fn_kwargs={"k": K})
     found, x = read_saelens(tmp_path), inputs()
-    assert found.metadata == {"hook_point": "blocks.0"}
+    assert found.metadata == {"hook_name": "blocks.0"}
     codes, _ = by_formula(config | {"architecture": "topk", "k": K}, stored, x)
     torch.testing.assert_close(found.dictionary.encode(x).to_dense(), codes, rtol=1e-4, atol=1e-5)
     written(tmp_path, **old, scaling_factor=torch.ones(D_SAE))
@@ -247,3 +247,22 @@ def test_we_compute_the_same_with_the_files_of_saelens(told, name):
     near = {"rtol": 1e-4, "atol": 1e-5} if sae.atoms.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
     torch.testing.assert_close(sae.encode(x).to_dense().float(), results[f"theirs.{name}.codes"], **near)
     torch.testing.assert_close(sae(x).float().detach(), results[f"theirs.{name}.out"], **near)
+
+
+def test_a_folder_that_is_written_over_keeps_nothing_of_the_old(tmp_path):
+    save_saelens(SparseAutoencoder(D_IN, 30, TopK(K)), tmp_path, sparsity=torch.zeros(30))
+    assert read_saelens(tmp_path).sparsity is not None
+    save_saelens(SparseAutoencoder(D_IN, 40, TopK(K)), tmp_path, metadata={"hook_name": "blocks.0.attn.hook_z"})
+    found = read_saelens(tmp_path)
+    assert found.sparsity is None
+    assert found.reshape == "hook_z"
+    save_saelens(found.dictionary, tmp_path, reshape="none")
+    assert read_saelens(tmp_path).reshape == "none"
+    with pytest.raises(InputError, match="reshape must be one of"):
+        save_saelens(found.dictionary, tmp_path, reshape="flat")
+    save_file({"sparsity": torch.zeros(30)}, tmp_path / "sparsity.safetensors")
+    with pytest.raises(InputError, match="sparsity of the source must have shape"):
+        read_saelens(tmp_path)
+    save_dictionary(found.dictionary, tmp_path)
+    with pytest.raises(InputError, match=r"hold one dictionary, got .* with two"):
+        load_dictionary(tmp_path)

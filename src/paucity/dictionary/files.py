@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 
 from ..checks import InputError, fail
 from . import foreign, saelens
@@ -72,6 +72,8 @@ def load_dictionary(source: str | Path, *, scale: float | None = None) -> Dictio
     if not folder.is_dir():
         raise fail("load_dictionary", "source", "be a folder with a dictionary, or owner/name on the hub", source)
     held = {path.name for path in folder.iterdir()}
+    if held.issuperset({saelens.CONFIG, saelens.WEIGHTS, SETTINGS, WEIGHTS}):
+        raise fail("load_dictionary", "source", "hold one dictionary", f"{folder} with two")
     if {saelens.CONFIG, saelens.WEIGHTS} <= held:
         return saelens.read_saelens(folder, scale=scale).dictionary
     if scale is not None:
@@ -134,13 +136,25 @@ def _made(name: object, kind: type[Any], settings: object) -> Any:
 def _download(source: str) -> Path:
     owner, name, *inner = source.split("/")
     inside = "/".join(inner)
-    patterns = [f"{inside}/{end}" if inside else end for end in ("*.json", "*.safetensors", "*.pt")]
+    layouts = ((SETTINGS, WEIGHTS), (saelens.CONFIG, saelens.WEIGHTS), foreign.SPARSIFY, foreign.LEARNING)
+    names = sorted({file for layout in layouts for file in (*layout, saelens.SPARSITY)})
+    repository = f"{owner}/{name}"
     try:
-        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns[: 2 + (not inside)])) / inside
+        wanted = [f"{inside}/{file}" if inside else file for file in names]
+        folder = Path(snapshot_download(repository, allow_patterns=wanted)) / inside
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if any(held.issuperset(layout) for layout in layouts):
+            return folder
+        there = [Path(file) for file in list_repo_files(repository)]
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         what = "be a folder or a repository of the hub that can be reached"
         raise fail("load_dictionary", "source", what, f"{source}: {lines[0]}") from None
+    for file in there:
+        if file.parent == Path(inside) and file.suffix in _PICKLES:
+            raise _pickled(Path(repository) / file)
+    folders = sorted({f"{repository}/{file.parent.as_posix()}" for file in there if file.suffix == ".safetensors"})
+    raise fail("load_dictionary", "source", "be a folder with a dictionary", f"{source}; there is {', '.join(folders)}")
 
 
 def _pickled(path: Path) -> InputError:

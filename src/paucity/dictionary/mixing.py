@@ -90,7 +90,7 @@ class MixedSource(ActivationSource):
         order = known + torch.argsort(ids[0, known:], stable=True)
         turns, counts = torch.unique_consecutive(ids[0, order], return_counts=True)
         found: Tensor | None = None
-        for turn, mine in zip(turns.tolist(), order.split(counts.tolist()), strict=False):
+        for turn, mine in zip(turns.tolist(), torch.split(order, counts.tolist()), strict=False):
             value = self._checked(item_at(turn, len(self.counts), self.seed))
             if found is None:
                 found = value.new_empty(ids.shape[1], self.input_size)

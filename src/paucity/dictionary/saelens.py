@@ -55,11 +55,14 @@ class SaeLens:
         dictionary: ready to encode.
         metadata: what it was trained on, as it is written there.
         sparsity: ``[dict_size]``, log10 of how often an atom is used, where the folder has it.
+        reshape: ``hook_z`` where activations come by head, ``[..., heads, d_head]``, and are put side by side; or
+            ``none``.
     """
 
     dictionary: Dictionary
     metadata: dict[str, Any] = field(default_factory=dict)
     sparsity: Tensor | None = None
+    reshape: str = "none"
 
 
 def read_saelens(folder: Path, *, scale: float | None = None) -> SaeLens:
@@ -103,7 +106,10 @@ def read_saelens(folder: Path, *, scale: float | None = None) -> SaeLens:
         sae.rescale(1 / scale)
     path = folder / SPARSITY
     sparsity = read_tensors("read_saelens", path)[0].get("sparsity") if path.is_file() else None
-    return SaeLens(sae, dict(config.get("metadata") or {}), sparsity)
+    if sparsity is not None:
+        check_shape("read_saelens", "sparsity of the source", sparsity, sae.dict_size)
+    reshape = str(config.get("reshape_activations") or "none")
+    return SaeLens(sae, dict(config.get("metadata") or {}), sparsity, reshape)
 
 
 def save_saelens(
@@ -112,6 +118,7 @@ def save_saelens(
     *,
     metadata: Mapping[str, Any] | None = None,
     sparsity: Tensor | None = None,
+    reshape: str | None = None,
 ) -> None:
     """Write a dictionary for SAELens; BatchTopK (also of Matryoshka), Mutual and Feature choice as JumpReLU.
 
@@ -120,6 +127,8 @@ def save_saelens(
         folder: is made; files of this layout in it are replaced.
         metadata: what SAELens knows by name, such as ``model_name`` and ``hook_name``; JSON.
         sparsity: ``[dict_size]``, log10 of how often an atom is used.
+        reshape: ``hook_z`` where SAELens gives activations by head, else ``none``; ``hook_z`` if not given and
+            ``metadata`` names such a hook.
 
     Raises:
         InputError: if SAELens has no architecture for the dictionary.
@@ -127,6 +136,9 @@ def save_saelens(
     architecture, tensors, options = _as_saelens(dictionary)
     if sparsity is not None:
         check_shape("save_saelens", "sparsity", sparsity, dictionary.dict_size)
+    if reshape is None:
+        reshape = "hook_z" if str((metadata or {}).get("hook_name", "")).endswith("hook_z") else "none"
+    check_choice("save_saelens", "reshape", reshape, ("hook_z", "none"))
     config = {
         "architecture": architecture,
         "d_in": dictionary.input_size,
@@ -134,10 +146,11 @@ def save_saelens(
         "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
         "device": "cpu",
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": reshape,
         **options,
         "metadata": {"sae_lens_version": _VERSION, "sae_lens_training_version": None, **(metadata or {})},
     }
+    (folder / SPARSITY).unlink(missing_ok=True)
     write_both(folder / CONFIG, config, folder / WEIGHTS, tensors)
     if sparsity is not None:
         with replacing(folder / SPARSITY) as temporary:
@@ -229,6 +242,7 @@ def _check_norm(config: Mapping[str, Any], scale: float | None) -> None:
 @torch.no_grad()
 def _fold_norms(sae: SparseAutoencoder) -> None:
     norms = sae.decoder.norm(dim=1)
+    norms = norms.where(norms > 0, 1)
     sae.encoder.mul_(norms.unsqueeze(1))
     sae.encoder_bias.mul_(norms)
     sae.decoder.div_(norms.unsqueeze(1))
@@ -249,4 +263,7 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("normalize_activations") is True:
         config["normalize_activations"] = "expected_average_only_in"
     known = ("model_name", "hook_name", "hook_point", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id")
-    return config | {"metadata": {name: config[name] for name in known if name in config} | metadata}
+    stated = {name: config[name] for name in known if name in config} | metadata
+    if "hook_point" in stated:  # as it is called now
+        stated.setdefault("hook_name", stated.pop("hook_point"))
+    return config | {"metadata": stated}
