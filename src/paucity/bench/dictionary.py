@@ -38,7 +38,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "overcomplete": {"who": "overcomplete"},
 }
 AUTOCAST: dict[str, dict[str, Any]] = {"SAELens, autocast": {"who": "saelens", "autocast": True}}
-HOOK, STEPS, LENGTH = "residual.5", 8, 128
+HOOK, STEPS, LENGTH = "residual.5", 4, 128
 SWEEP_K, SWEEP_SIZES = (16, 32, 64, 128), (2048, 4096, 8192, 16384)
 
 
@@ -47,10 +47,10 @@ def run() -> list[BenchRow]:
     product = 2 * BATCH * WIDTH * ATOMS
     table = 4 * ATOMS * WIDTH
     rows = [
-        _against("topk_step", "step", BATCH, PEERS, 7, product + 6 * 2 * BATCH * K * WIDTH, 14 * table),
+        _against("topk_step", "step", BATCH, PEERS, 5, product + 6 * 2 * BATCH * K * WIDTH, 14 * table),
         _against("topk_step_autocast", "step", BATCH, AUTOCAST, 5, product + 6 * 2 * BATCH * K * WIDTH, 14 * table),
-        _against("encode", "encode", BATCH, PEERS, 7, product, table),
-        _against("mp_encode", "pursuit", ROWS, {"overcomplete": PEERS["overcomplete"]}, 5, product // 8, table),
+        _against("encode", "encode", BATCH, PEERS, 5, product, table),
+        _against("mp_encode", "pursuit", ROWS, {"overcomplete": PEERS["overcomplete"]}, 3, product // 8, table),
     ]
     return [row for row in rows if row] + _sweeps()
 
