@@ -57,7 +57,7 @@ def test_an_update_of_ksvd_never_makes_the_error_larger():
         for atom in range(18):
             used = ((indices == atom) & (values != 0)).any()
             before = float(left.square().sum())
-            ksvd._update(atom, x, left, values, indices)
+            ksvd._update(atom, x, left, torch.zeros(len(x), dtype=torch.bool), values, indices)
             assert float(left.square().sum()) <= before + 1e-3 or not used
     dense = torch.zeros(300, 18).scatter_add(1, indices, values)
     torch.testing.assert_close(left, x - dense @ ksvd.decoder, rtol=1e-3, atol=1e-4)
@@ -267,3 +267,16 @@ def test_pursuit_sees_atoms_that_were_written_behind_its_back():
     found(x)
     found.decoder.data.copy_(torch.nn.functional.normalize(torch.randn(200, 16, generator=generator), dim=1))
     torch.testing.assert_close(found(x), found.train()(x))
+
+
+def test_ksvd_keeps_no_copies():
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(12, 16, generator=generator), dim=1)
+    chosen = torch.stack([torch.randperm(12, generator=generator)[:2] for _ in range(400)])
+    x = (torch.randn(400, 2, 1, generator=generator) * atoms[chosen]).sum(1)
+    for seed in range(3):
+        found = KSVD(16, 64, 3, seed=seed)
+        history = found.fit(x, num_iterations=8)
+        cosines = (found.atoms @ found.atoms.T).abs().triu(1)
+        assert int((cosines > 0.99).sum()) <= 2
+        assert history[-1] < 0.05

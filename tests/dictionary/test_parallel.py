@@ -57,6 +57,9 @@ def worker(folder, rank):
     batch = SparseAutoencoder(12, 30, BatchTopK(3))
     train(batch, Fixed(rank, 2), **OPTIONS)
     torch.save(batch.state_dict(), folder / f"batch{rank}")
+    again = make() if rank else each  # that the first was fit counts for all
+    train(again, Fixed(rank, 2), **OPTIONS)
+    torch.save([one.state_dict() for one in again], folder / f"again{rank}")
     with pytest.raises(InputError, match="multiple of the 2 processes"):
         train(make(), Fixed(rank, 2), **OPTIONS | {"batch_size": 63})
     torch.distributed.destroy_process_group()
@@ -84,4 +87,6 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(one[name], value, atol=2e-5, rtol=1e-4)
     batches = [torch.load(tmp_path / f"batch{rank}") for rank in range(2)]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    again = [torch.load(tmp_path / f"again{rank}") for rank in range(2)]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(*again, strict=True) for name in one)
     assert (tmp_path / "keep" / "checkpoint.safetensors").is_file()

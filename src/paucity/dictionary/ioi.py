@@ -44,8 +44,11 @@ class Supervised:
         return self.mean + sum(each[labels[:, i]] for i, each in enumerate(self.features))
 
     def edit(self, x: Tensor, labels: Tensor, attribute: int, new: Tensor) -> Tensor:
-        """``x [n, d]`` with the values of an attribute changed to ``new [n]``."""
+        """``x [n, d]`` with the values of an attribute changed to ``new [n]``, all seen in the labels."""
         mine = self.features[attribute]
+        for name, value in (("labels", labels[:, attribute]), ("new", new)):
+            if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < len(mine):
+                raise fail("Supervised.edit", name, f"be in [0, {len(mine) - 1}]", int(value.max()))
         return x - mine[labels[:, attribute]] + mine[new]
 
     def magnitudes(self) -> tuple[float, ...]:

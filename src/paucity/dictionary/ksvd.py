@@ -76,24 +76,21 @@ class KSVD(Dictionary):
             codes = self.encode(x)
             values, indices = codes.values.clone(), codes.indices.long()
             left = x - self.decode(codes)
+            taken = torch.zeros(len(x), dtype=torch.bool)
             for atom in torch.randperm(self.dict_size, generator=generator).tolist():
-                self._update(atom, x, left, values, indices)
+                self._update(atom, x, left, taken, values, indices)
+            copies = ((self.decoder @ self.decoder.T).abs().triu(1) > 0.99).any(0)
+            for atom in copies.nonzero().squeeze(1).tolist():
+                self._replace(atom, x, left, taken)
             history.append(float(left.square().sum() / x.square().sum().clamp_min(1e-30)))
         return history
 
-    def _update(self, atom: int, x: Tensor, left: Tensor, values: Tensor, indices: Tensor) -> None:
+    def _update(self, atom: int, x: Tensor, left: Tensor, taken: Tensor, values: Tensor, indices: Tensor) -> None:
         slots = (indices == atom) & (values != 0)
         rows = slots.any(1).nonzero().squeeze(1)
         old = self.decoder[atom].clone()
         if not len(rows):
-            worst = int(left.square().sum(1).argmax())
-            if float(left[worst].norm()) > 0 and float(x[worst].norm()) > 0:
-                self.decoder[atom] = F.normalize(x[worst], dim=0)
-                others = self.decoder @ self.decoder[atom]
-                others[atom] = 0
-                if float(others.abs().max()) > 0.99:  # a copy would be as unused
-                    self.decoder[atom] = F.normalize(left[worst], dim=0)
-            return
+            return self._replace(atom, x, left, taken)
         weight = values[slots]
         without = left[rows] + weight.unsqueeze(1) * old
         fresh = weight @ without
@@ -104,6 +101,18 @@ class KSVD(Dictionary):
         self.decoder[atom] = fresh
         values[slots] = weight
         left[rows] = without - weight.unsqueeze(1) * fresh
+
+    def _replace(self, atom: int, x: Tensor, left: Tensor, taken: Tensor) -> None:
+        """Make an atom of the worst row that no other took, or of what is left of it if that row is an atom already."""
+        worst = int(torch.where(taken, 0, left.square().sum(1)).argmax())
+        if bool(taken[worst]) or not float(left[worst].norm()) or not float(x[worst].norm()):
+            return
+        taken[worst] = True
+        self.decoder[atom] = F.normalize(x[worst], dim=0)
+        others = self.decoder @ self.decoder[atom]
+        others[atom] = 0
+        if float(others.abs().max()) > 0.99:  # a copy would be as unused
+            self.decoder[atom] = F.normalize(left[worst], dim=0)
 
     def settings(self) -> dict[str, Any]:
         """See `Dictionary.settings`."""

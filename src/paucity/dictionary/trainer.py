@@ -147,7 +147,10 @@ class Training:
             Adam(list(one.parameters()), lr=options.learning_rate, betas=options.betas, fused=True) for one in each
         ]
         self.part = options.batch_size // parallel.size()
-        parallel.spread([*(value for one in each for value in one.state_dict().values())])
+        fit = torch.tensor([one.is_fit for one in each], dtype=torch.int64, device=self.device)
+        parallel.spread([fit, *(value for one in each for value in one.state_dict().values())])
+        for one, is_fit in zip(each, fit.tolist(), strict=True):
+            one.is_fit = bool(is_fit)
         sampled = next(source.rows(max(self.part, 1024)))
         first = self._checked(sampled.x)
         if options.normalise:

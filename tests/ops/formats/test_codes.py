@@ -32,7 +32,11 @@ def test_dense_and_decode_match_loops(shape, k, index):
     assert torch.allclose(codes.to_dense(), dense)
     assert torch.allclose(codes.decode(dictionary), dense @ dictionary)
     assert codes.decode(dictionary).shape == (*shape, 5)
-    assert torch.equal(codes.l0(), (codes.values != 0).sum(-1))
+    rows = zip(
+        *(each.reshape(codes.values.shape[:-1].numel(), codes.k).tolist() for each in (codes.values, codes.indices))
+    )
+    named = [len({atom for value, atom in zip(*row, strict=True) if value}) for row in rows]
+    assert codes.l0().flatten().tolist() == named
 
 
 @FEW
@@ -107,3 +111,10 @@ def test_bad_input():
             Codes.concat(other)
     with pytest.raises(InputError, match="dim must be"):
         Codes.concat([codes], dim=1)
+
+
+def test_an_atom_that_is_named_twice_counts_once():
+    values = torch.tensor([[1.0, 2.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, 1.0]])
+    indices = torch.tensor([[2, 2, 2, 0], [1, 1, 1, 1], [3, 3, 3, 3]])
+    assert Codes(values, indices, 4).l0().tolist() == [2, 0, 1]
+    assert Codes(values[:, :0], indices[:, :0], 4).l0().tolist() == [0, 0, 0]

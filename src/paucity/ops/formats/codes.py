@@ -134,8 +134,10 @@ class Codes:
         return rows.view(shape)
 
     def l0(self) -> Tensor:
-        """Nonzero values of each row: int64 ``[...]``."""
-        return (self.values != 0).sum(-1)
+        """Atoms of each row with a value other than 0, one that is named twice counting once: int64 ``[...]``."""
+        used = self.values != 0
+        named = torch.where(used, self.indices, self.dict_size).sort(dim=-1).values
+        return used.sum(-1) - ((named[..., 1:] == named[..., :-1]) & (named[..., 1:] < self.dict_size)).sum(-1)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same on ``device``, with values of ``dtype``; None leaves as is."""
