@@ -61,8 +61,11 @@ def test_figures_are_those_of_loops():
 def test_least_squares_of_rows_that_depend_is_the_smallest():
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the columns sum to the intercept
     found = least_squares(x, torch.tensor([[2.0], [4.0], [9.0]]))
-    wanted = np.linalg.pinv(np.hstack([x.numpy(), np.ones((3, 1))])) @ np.array([[2.0], [4.0], [9.0]])
-    torch.testing.assert_close(found, torch.from_numpy(wanted))
+    rows = x.double().numpy() - x.double().numpy().mean(0)
+    size = np.linalg.norm(rows, axis=0)
+    wanted = np.linalg.pinv(rows / size) @ (np.array([[2.0], [4.0], [9.0]]) - 5) / size[:, None]
+    torch.testing.assert_close(found[:-1], torch.from_numpy(wanted))
+    torch.testing.assert_close(x.double() @ found[:-1] + found[-1], torch.tensor([[3.0], [3.0], [9.0]]).double())
 
 
 def test_bad_input():
@@ -75,3 +78,13 @@ def test_bad_input():
         dark_matter(torch.tanh, x / 0, x)
     with pytest.raises(InputError, match=r"reconstructions must have shape \[20, 4\], got \[20, 2\]"):
         dark_matter(lambda rows: rows[:, :2], x, x)
+
+
+@pytest.mark.parametrize("mean", [1.0, 1e4, 1e6])
+def test_small_dimensions_beside_a_large_one_are_fit(mean):
+    generator = torch.Generator().manual_seed(0)
+    x = 0.1 * torch.randn(2000, 9, generator=generator, dtype=torch.float64)
+    x[:, 0] = mean * (1 + 0.01 * torch.randn(2000, generator=generator))
+    target = x[:, 1:] @ torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    weight = least_squares(x, target)
+    torch.testing.assert_close(x @ weight[:-1] + weight[-1], target, atol=1e-5, rtol=1e-4)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_int, check_range, check_shape
+from ..checks import check_int, check_range, check_shape, fail
 from ..kernels.codes import encode_kept
 from ..kernels.select import topk
 from ..ops.formats import Codes
@@ -78,6 +78,8 @@ class Archetypal(Dictionary):
     def encode(self, x: Tensor) -> Codes:
         """See `Dictionary.encode`."""
         self.check_input(x)
+        if not bool(self.centroids.any()):
+            raise fail("Archetypal.encode", "the dictionary", "be fit or placed first", "no centroids")
         rows = x.reshape(-1, self.input_size).to(self.encoder.dtype)
         with torch.no_grad():
             _, indices = topk(F.linear(rows, self.encoder, self.encoder_bias), self.k)

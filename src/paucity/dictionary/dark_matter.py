@@ -116,15 +116,21 @@ def dark_matter(
 
 
 def least_squares(x: Tensor, targets: Tensor) -> Tensor:
-    """Weights ``[d + 1, m]`` float64, the intercept last, of those that fit best the ones of least norm.
+    """Weights ``[d + 1, m]`` float64, the intercept last, of those that fit best the ones of least norm in
+    columns of ``x`` that are centred and of norm 1.
 
     Args:
         x: ``[n, d]``.
         targets: ``[n, m]``.
     """
-    rows = _with_one(x)
-    inverse: Tensor = torch.linalg.pinv(rows.T @ rows, rtol=1e-11, hermitian=True)
-    return inverse @ (rows.T @ targets.double())
+    x, targets = x.double(), targets.double()
+    middle, mean = x.mean(0), targets.mean(0)
+    size = (x - middle).norm(dim=0)
+    size = size.where(size > 0, 1)
+    rows = (x - middle) / size
+    weight = torch.linalg.pinv(rows.T @ rows, rtol=1e-11, hermitian=True) @ (rows.T @ (targets - mean))
+    weight = weight / size.unsqueeze(1)
+    return torch.cat([weight, (mean - middle @ weight).unsqueeze(0)])
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class ITDA(Dictionary):
             check_shape("ITDA.fit", "activations", activations, None, self.input_size)
             total = len(activations) if num_tokens is None else num_tokens
             check_int("ITDA.fit", "num_tokens", total, 1, len(activations))
+            if not bool(activations[:total].isfinite().all()):
+                raise fail("ITDA.fit", "activations", "be finite", "NaN or infinity")
         else:
             total = num_tokens or 0
             check_int("ITDA.fit", "num_tokens", total)

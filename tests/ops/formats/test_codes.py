@@ -32,9 +32,8 @@ def test_dense_and_decode_match_loops(shape, k, index):
     assert torch.allclose(codes.to_dense(), dense)
     assert torch.allclose(codes.decode(dictionary), dense @ dictionary)
     assert codes.decode(dictionary).shape == (*shape, 5)
-    rows = zip(
-        *(each.reshape(codes.values.shape[:-1].numel(), codes.k).tolist() for each in (codes.values, codes.indices))
-    )
+    size = (codes.values.shape[:-1].numel(), codes.k)
+    rows = zip(codes.values.reshape(size).tolist(), codes.indices.reshape(size).tolist(), strict=True)
     named = [len({atom for value, atom in zip(*row, strict=True) if value}) for row in rows]
     assert codes.l0().flatten().tolist() == named
 
